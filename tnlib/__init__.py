@@ -1,0 +1,49 @@
+"""tnlib: Kronecker, tensor-train and MPO compression of transformers. Public names below; each is loaded when first used."""
+
+import importlib
+import sys
+import types
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "shapes": ["ShapeError", "balanced_modes", "fold", "unfold", "weight_of"],
+    "low_rank": ["LowRank", "low_rank", "low_rank_errors"],
+    "kronecker": ["Kronecker", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"],
+    "tensor_train": ["TensorTrain", "tt_svd"],
+    "tt_matrix": ["MPO", "TTMatrix", "ttm_svd"],
+    "layers": ["FactorizedEmbedding", "FactorizedLinear", "SplitLinear"],
+    "audit": ["audit", "error_table", "null_rho"],
+    "recipe": ["Heal", "Quantize", "Recipe", "RecipeError", "Rule"],
+    "papers": ["papers", "skeleton"],
+    "plan": ["plan", "report"],
+    "surgery": ["densify_", "factorize_"],
+    "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
+    "data": ["batches", "load_reviews", "load_text", "token_windows"],
+    "evaluate": ["flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],
+    "explore": ["Explorer", "fit_explorer"],
+    "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = sorted(_HOME)
+
+
+class _Package(types.ModuleType):
+    """Keeps tn.plan and tn.papers what they are above when Python binds the submodule of the same name."""
+
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name):
+        if name not in _HOME:
+            raise AttributeError(f"module 'tnlib' has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"tnlib.{_HOME[name]}"), name)
+        setattr(self, name, found)
+        return found
+
+    def __dir__(self):
+        return [*super().__dir__(), *__all__]
+
+
+sys.modules[__name__].__class__ = _Package

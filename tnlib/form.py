@@ -1,0 +1,128 @@
+"""What every format offers: a Form is shapes and ranks, never tensors.
+
+The formats are in low_rank.py, kronecker.py and tensor_train.py, one file each. A Form may be loose ("keep half", "right
+factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with the ranks that are really possible.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from tnlib.contract import Plan, bucket, choose
+from tnlib.shapes import ShapeError
+
+
+@dataclass(frozen=True)
+class Form:
+    """Base of LowRank, Kronecker, TensorTrain and TTMatrix. Shapes are always (out, in) of the weight replaced.
+
+    A format defines: resolve, factor_shapes, decompose, to_dense, plans, contract, rows (embedding look-up), and
+    _summands (how many products are summed into one entry of the weight). The rest follows and lives here.
+    """
+
+    def num_params(self, shape):
+        """Numbers stored for a weight of `shape` (out, in). Exact: equals the elements of the factors built."""
+        return sum(math.prod(size) for size in self.resolve(shape).factor_shapes(shape).values())
+
+    def share(self, shape):
+        """num_params over the dense out*in; above 1 the form costs more than it saves."""
+        return self.num_params(shape) / math.prod(shape)
+
+    def flops(self, shape, tokens=1):
+        """Multiply-adds times two of the plan with the fewest, for `tokens` inputs, bias not counted."""
+        return min(plan.flops for plan in self.resolve(shape).plans(shape, tokens))
+
+    def random(self, shape, std=None, generator=None, dtype=torch.float32, device=None):
+        """Gaussian factors whose product has entries of standard deviation `std` (default: Xavier, sqrt(2/(out+in))).
+
+        Every factor gets the same std: (std^2 / summands)^(1/(2*factors)). A per-core Xavier std, as some published
+        code uses, makes the product too small by orders of magnitude: the cores' stds multiply.
+        Exact: the mean square of to_dense(random(…)) tends to std^2.
+        """
+        form = self.resolve(shape)
+        std = math.sqrt(2 / sum(shape)) if std is None else std
+        sizes = form.factor_shapes(shape)
+        drawn = {name: size for name, size in sizes.items() if name != "scale"}
+        each = (std**2 / form._summands()) ** (1 / (2 * len(drawn)))
+        factors = {n: each * torch.randn(*s, generator=generator, dtype=dtype, device=device) for n, s in drawn.items()}
+        if "scale" in sizes:
+            factors["scale"] = torch.ones(sizes["scale"], dtype=dtype, device=device)
+        return factors
+
+    def forward(self, x, factors, shape):
+        """x (…, in) -> (…, out) by the cheapest plan for this many tokens: contract the factors, or rebuild the weight."""
+        flat = x.reshape(-1, shape[1])  # (tokens, in)
+        plan = choose(self, shape, bucket(flat.shape[0]), x.device.type)
+        if plan == "rebuild":
+            y = F.linear(flat, self.to_dense(factors, shape))  # (tokens, out)
+        else:
+            y = self.contract(flat, factors, shape, plan)  # (tokens, out)
+        return y.reshape(*x.shape[:-1], shape[0])
+
+    def _rebuild_plan(self, shape, tokens, build_flops):
+        """Plan 'rebuild': form the weight (read and written twice: product, then reordered), then one GEMM."""
+        out, width = shape
+        flops = 2 * tokens * out * width + build_flops
+        return Plan("rebuild", flops, 4 * out * width + tokens * (out + width), 4)
+
+    def __str__(self):
+        given = [
+            f"{f.name}={_short(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _short(value):
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def positive(where, **values):
+    """Refuse ranks, terms and modes that are not positive integers; None passes.
+
+    Raises: ShapeError naming the field, what was got and what is needed.
+    """
+    for name, value in values.items():
+        for number in value if isinstance(value, (tuple, list)) else [value]:
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise ShapeError(f"{where}: got {name}={value!r}; needed positive integers. Use at least 1.")
+
+
+def check_kept(where, kept):
+    """Refuse a budget outside (0, 1]; None passes."""
+    if kept is not None and not 0 < kept <= 1:
+        raise ShapeError(f"{where}: got kept={kept!r}; needed a share above 0 and at most 1, e.g. kept=0.5.")
+
+
+def largest(fits, upper, where):
+    """Largest integer in 1..upper for which `fits` holds (it must be monotone), by bisection.
+
+    Raises: ShapeError when even 1 does not fit.
+    """
+    if not fits(1):
+        raise ShapeError(f"{where}: even rank 1 needs more than the budget; raise kept=, or choose a smaller format.")
+    low, high = 1, upper
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def refuse_init(where, init, known):
+    """Raises: ShapeError when `init` is not one of the format's initializations."""
+    if init not in known:
+        raise ShapeError(
+            f"{where}: got init={init!r}; this format knows {', '.join(known)} (and 'random' in a recipe)."
+        )
+
+
+def relative(discarded, total):
+    """sqrt(discarded / total), 0 for a zero weight; both squared norms, (…,)."""
+    return (discarded / total.clamp_min(1e-300)).sqrt()
+
+
+def measured_error(weight, approximation):
+    """||weight - approximation|| / ||weight|| over the last two axes, float64, by subtracting: (…,)."""
+    difference = torch.linalg.matrix_norm(weight.double() - approximation.double())
+    return difference / torch.linalg.matrix_norm(weight.double()).clamp_min(1e-300)

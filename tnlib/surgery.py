@@ -1,0 +1,98 @@
+"""In-place surgery: factorize_ puts a recipe's layers into a model, densify_ takes them out again."""
+
+import sys
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
+from tnlib.plan import plan, tied_names
+from tnlib.recipe import RecipeError, match
+from tnlib.shapes import ShapeError, check_weight, weight_of
+
+
+def factorize_(model, recipe, *, seed=0, progress=None):
+    """Replace every module that the recipe claims by its factorized layer, in place; returns None.
+
+    Everything is checked first (rules, shapes, finite weights), every new layer is built next, and only then are modules
+    swapped: an error or an interruption leaves the model as it was.
+    Tied weights stay tied: a head or a second embedding that shares a claimed table shares its factors afterwards (rule
+    head="tied"), or keeps the old matrix (head="dense"); anything else that shares it is refused.
+    seed: for random initializations; progress: a bar over modules (default: only on a terminal)
+    Raises: RecipeError, ShapeError, naming recipe and module
+    Exact: the parameters afterwards number plan(model, recipe).total.
+    """
+    plan(model, recipe)
+    claims = match(model, recipe)
+    for name, module, _ in claims:
+        check_weight(weight_of(module), f"recipe {recipe.name!r}, module {name}")
+    partners = {name: _partners(model, recipe, name, module, rule) for name, module, rule in claims}
+    generator = torch.Generator().manual_seed(seed)
+    new = {}
+    hide = not (sys.stderr.isatty() if progress is None else progress)
+    for name, module, rule in tqdm(claims, desc=f"factorize {recipe.name}", disable=hide):
+        new[name] = _build(module, rule, generator)
+        for other in partners[name]:
+            new[other] = _share(model.get_submodule(other), new[name])
+    for name, layer in new.items():
+        _swap(model, name, layer)
+
+
+def densify_(model):
+    """Put dense layers back in place of factorized ones, with the weights that the factors stand for; returns None.
+
+    Exact: the model computes the same function; a head that shared factors shares the dense table again.
+    """
+    tables = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, (FactorizedLinear, FactorizedEmbedding, SplitLinear)) and ".parts." not in name:
+            dense, first = layer.to_dense(), id(next(layer.parameters()))
+            if first in tables:
+                dense.weight = tables[first]
+            tables[first] = dense.weight
+            _swap(model, name, dense)
+
+
+def _build(module, rule, generator):
+    kind = FactorizedEmbedding if isinstance(module, nn.Embedding) else FactorizedLinear
+    if rule.split > 1:
+        return SplitLinear.from_dense(module, rule.form, rule.init, generator, rule.split)
+    return kind.from_dense(module, rule.form, rule.init, generator)
+
+
+def _partners(model, recipe, name, module, rule):
+    """Modules that must share the new layer's factors; refuse what cannot."""
+    others = [n for n in tied_names(model, name) if n != name]
+    if isinstance(module, nn.Embedding) and rule.head == "dense":
+        others = [n for n in others if isinstance(model.get_submodule(n), nn.Embedding)]
+    for other in others:
+        if rule.split > 1 or not isinstance(model.get_submodule(other), (nn.Linear, nn.Embedding)):
+            raise RecipeError(
+                f"recipe {recipe.name!r}, module {name}: its weight is tied to {other} "
+                f"({type(model.get_submodule(other)).__name__}), which cannot share factors. Untie the two first, or leave {name} out."
+            )
+    return others
+
+
+def _share(module, layer):
+    """A layer for a tied module that uses `layer`'s parameters; its own bias stays."""
+    meta = {"device": "meta", "draw": False}
+    if isinstance(module, nn.Embedding):
+        twin = FactorizedEmbedding(layer.form, layer.shape, module.padding_idx, **meta)
+    else:
+        twin = FactorizedLinear(layer.form, layer.shape, module.bias is not None, **meta)
+        if module.bias is not None:
+            twin.bias = module.bias
+    twin.share_factors(layer)
+    twin.error = layer.error
+    return twin.train(module.training)
+
+
+def _swap(model, name, layer):
+    parent, _, child = name.rpartition(".")
+    if not name:
+        raise ShapeError(
+            "factorize_: the model itself is the claimed layer; wrap it, or use FactorizedLinear.from_dense."
+        )
+    setattr(model.get_submodule(parent), child, layer)
