@@ -7,6 +7,8 @@ three constants only rank plans of one layer against each other, so their ratios
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -48,11 +50,28 @@ def cheapest(plans, device="cpu"):
     return min(plans, key=lambda plan: seconds(plan, device))
 
 
-@lru_cache(maxsize=65536)
 def choose(form, shape, tokens, device, rows=False):
-    """Name of the cheapest plan of `form` for a (out, in) `shape` at `tokens` tokens; cached, so a forward pays a look-up."""
-    plans = form.row_plans(shape, tokens) if rows else form.plans(shape, tokens)
-    return cheapest(plans, device).name
+    """Name of the cheapest plan of `form` for a (out, in) `shape` at `tokens` tokens; `rows` for an embedding look-up.
+
+    Cached, so that a forward pays a look-up. Under torch.compile the token count is symbolic: the plan for TRACED_TOKENS
+    is compiled once and serves all of them.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(form, shape, device, rows)
+    return _cached(form, shape, bucket(tokens), device, rows)
+
+
+TRACED_TOKENS = 512
+
+
+@lru_cache(maxsize=65536)
+def _cached(form, shape, tokens, device, rows):
+    return cheapest(form.row_plans(shape, tokens) if rows else form.plans(shape, tokens), device).name
+
+
+@torch.compiler.assume_constant_result
+def _traced(form, shape, device, rows):
+    return _cached(form, shape, TRACED_TOKENS, device, rows)
 
 
 def bucket(tokens):

@@ -96,7 +96,7 @@ class FitExplorer(Explorer):
         figure, (curve, before, after) = plt.subplots(1, 3, figsize=(10, 3.4), width_ratios=(1.7, 1, 1))
         table, fit = self.table(), self.fits[value]
         curve.plot(table["kept"], table["error"], label="this weight")
-        curve.plot(table["kept"], table["null error"], label="Gaussian noise, same shape")
+        curve.plot(table["kept"], table["null error"], "--", label="Gaussian noise, same shape")
         curve.plot(table["kept"], table["low-rank error"], label="low rank, same size")
         curve.plot([fit.kept], [fit.error], "o", color="black", markersize=9, fillstyle="none")
         curve.set(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from tnlib.contract import Plan, bucket, choose
+from tnlib.contract import Plan, choose
 from tnlib.shapes import ShapeError
 
 
@@ -54,7 +54,7 @@ class Form:
     def forward(self, x, factors, shape):
         """x (…, in) -> (…, out) by the cheapest plan for this many tokens: contract the factors, or rebuild the weight."""
         flat = x.reshape(-1, shape[1])  # (tokens, in)
-        plan = choose(self, shape, bucket(flat.shape[0]), x.device.type)
+        plan = choose(self, shape, flat.shape[0], x.device.type)
         if plan == "rebuild":
             y = F.linear(flat, self.to_dense(factors, shape))  # (tokens, out)
         else:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tnlib.contract import bucket, choose
+from tnlib.contract import choose
 from tnlib.form import Form, measured_error
 from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
 
@@ -177,7 +177,7 @@ class FactorizedEmbedding(_Factorized):
             raise IndexError(
                 f"FactorizedEmbedding: got ids {int(flat.min())}..{int(flat.max())}; needed 0..{self.shape[0] - 1}."
             )
-        plan = choose(self.form, self.shape, bucket(flat.numel()), flat.device.type, rows=True)
+        plan = choose(self.form, self.shape, flat.numel(), flat.device.type, rows=True)
         rows = self.form.rows(flat, self.factors, self.shape, plan)  # (tokens, dim)
         return rows.reshape(*ids.shape, self.shape[1])
 

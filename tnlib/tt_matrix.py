@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import refuse_init
+from tnlib.form import measured_error, refuse_init
 from tnlib.shapes import ShapeError, check_weight
 from tnlib.tensor_train import TensorTrainFit, _Train, merge_left, merge_right, names, tt_svd
 
@@ -82,7 +82,10 @@ class TTMatrix(_Train):
         refuse_init("TTMatrix", init, ("svd",))
         padded = F.pad(weight, (0, 0, 0, math.prod(self.out_modes) - weight.shape[-2]))  # (…, product of out_modes, in)
         fit = ttm_svd(padded, self.out_modes, self.in_modes, ranks=self.ranks)
-        return self._named(fit.cores), fit.error
+        factors = self._named(fit.cores)
+        if padded.shape == weight.shape:
+            return factors, fit.error
+        return factors, measured_error(weight, self.to_dense(factors, weight.shape[-2:]))  # padding rows do not count
 
     def _split(self):
         """Bond at which the two merged halves meet in `to_dense`: the one with the smallest rank is the cheapest GEMM."""

@@ -1,0 +1,173 @@
+"""Every form: exact at full rank, sizes as predicted, errors as reported, every plan of contraction equal to the dense product."""
+
+import math
+
+import pytest
+import torch
+from conftest import SHAPE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tnlib.contract import bucket, choose, seconds
+from tnlib.kronecker import Kronecker
+from tnlib.low_rank import LowRank
+from tnlib.shapes import ShapeError
+from tnlib.tensor_train import TensorTrain
+from tnlib.tt_matrix import MPO, TTMatrix
+
+EXACT = [
+    LowRank(rank=10**6),
+    Kronecker(right=(2, 3), terms=10**6),
+    Kronecker(left=(4, 6), terms=10**6, scaled=True),
+    TensorTrain(order=2),
+    TensorTrain(order=3, max_rank=10**6),
+    TTMatrix(order=2),
+    MPO(order=3, max_rank=10**6),
+    TTMatrix(out_modes=(5, 5), in_modes=(6, 6), pad_rows=True),
+]
+
+
+@pytest.mark.parametrize("loose", EXACT, ids=str)
+def test_exact_at_full_rank_in_float64(loose, weight):
+    form = loose.resolve(SHAPE)
+    factors, error = form.decompose(weight)
+    assert torch.allclose(form.to_dense(factors, SHAPE), weight, atol=1e-10)
+    assert error < 1e-10
+
+
+def test_predicted_size_equals_the_factors(form, weight):
+    factors, _ = form.decompose(weight)
+    assert {name: tuple(f.shape) for name, f in factors.items()} == form.factor_shapes(SHAPE)
+    assert sum(f.numel() for f in factors.values()) == form.num_params(SHAPE)
+    assert form.share(SHAPE) == form.num_params(SHAPE) / math.prod(SHAPE)
+
+
+def test_reported_error_equals_the_measured_one(form, weight):
+    factors, error = form.decompose(weight)
+    measured = (weight - form.to_dense(factors, SHAPE)).norm() / weight.norm()
+    assert torch.allclose(error, measured, atol=1e-7)  # sqrt of a difference of squares: half the digits of float64
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_every_plan_equals_the_dense_product(form, weight, tokens):
+    factors, _ = form.decompose(weight)
+    x = torch.randn(tokens, SHAPE[1], dtype=torch.float64)
+    for plan in form.plans(SHAPE, tokens):
+        if plan.name != "rebuild":
+            y = form.contract(x, factors, SHAPE, plan.name)
+            assert torch.allclose(y, x @ form.to_dense(factors, SHAPE).T, atol=1e-10), plan.name
+    assert torch.allclose(form.forward(x, factors, SHAPE), x @ form.to_dense(factors, SHAPE).T, atol=1e-10)
+
+
+def test_rows_equal_the_dense_rows(form, weight):
+    factors, _ = form.decompose(weight)
+    ids = torch.tensor([0, 23, 5, 5, 11])
+    for plan in form.row_plans(SHAPE, 5):
+        assert torch.allclose(form.rows(ids, factors, SHAPE, plan.name), form.to_dense(factors, SHAPE)[ids], atol=1e-10)
+
+
+def test_a_batch_of_weights_equals_one_by_one(form):
+    stack = torch.randn(3, *SHAPE, dtype=torch.float64)
+    factors, error = form.decompose(stack)
+    alone, alone_error = form.decompose(stack[1])
+    assert error.shape == (3,)
+    assert torch.allclose(error[1], alone_error)
+    assert torch.allclose(form.to_dense(factors, SHAPE)[1], form.to_dense(alone, SHAPE), atol=1e-10)
+
+
+def test_random_factors_have_the_variance_asked_for(form):
+    generator = torch.Generator().manual_seed(1)
+    drawn = [form.to_dense(form.random(SHAPE, 0.3, generator), SHAPE) for _ in range(200)]
+    spread = torch.stack(drawn).square().mean().sqrt()
+    if getattr(form, "pad_rows", False) or "scale" not in form.factor_shapes(SHAPE):
+        assert abs(spread / 0.3 - 1) < 0.25  # products of Gaussians: heavy tails, 200 draws
+
+
+def test_resolving_twice_changes_nothing(form):
+    assert form.resolve(SHAPE) == form
+
+
+def test_kept_is_a_budget_that_is_filled():
+    for loose in (LowRank(kept=0.5), TensorTrain(order=2, kept=0.5), MPO(order=2, kept=0.5), Kronecker(right=(2, 2), kept=0.5)):
+        shape = (96, 64)
+        form = loose.resolve(shape)
+        assert form.share(shape) <= 0.5
+        assert form.share(shape) > 0.24, form  # one more term or rank would not fit
+
+
+@pytest.mark.parametrize("make", [lambda r: LowRank(rank=r), lambda r: MPO(order=3, max_rank=r), lambda r: TensorTrain(order=2, max_rank=r),
+                                  lambda r: Kronecker(right=(2, 3), terms=r)])  # fmt: skip
+def test_error_does_not_grow_with_rank(make, weight):
+    errors = [float(make(r).resolve(SHAPE).decompose(weight)[1]) for r in range(1, 12)]
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:]))
+
+
+BAD = [
+    (lambda: LowRank(rank=0), "rank=0; needed positive integers"),
+    (lambda: LowRank(), "needed one of the two"),
+    (lambda: LowRank(kept=0.5, rank=3), "needed one of the two"),
+    (lambda: LowRank(kept=1.5), "kept=1.5; needed a share above 0"),
+    (lambda: LowRank(kept=0.001).resolve(SHAPE), "leaves rank 0; raise kept"),
+    (lambda: Kronecker(), "neither left nor right"),
+    (lambda: Kronecker(right=(3, 2)).resolve((256, 64)), r"right factor \(3, 2\) does not divide weight \(256, 64\)"),
+    (lambda: Kronecker(right=(2, 2), left=(3, 3)).resolve(SHAPE), "Give only one of them"),
+    (lambda: Kronecker(right=(2, 2), terms=0), "needed positive integers"),
+    (lambda: Kronecker(right=(2, 1), kept=0.1).resolve(SHAPE), "Raise kept"),
+    (lambda: Kronecker(right=(2, 2), terms=2).resolve(SHAPE).decompose(torch.randn(SHAPE), "prune"), "needed terms=1"),
+    (lambda: TTMatrix(max_rank=3), "needed both, or order=3"),
+    (lambda: TTMatrix(order=3, max_rank=0), "needed positive integers"),
+    (lambda: TTMatrix(order=3, max_rank=4, kept=0.5), "Give one"),
+    (lambda: TTMatrix(order=3, ranks=(24, 48, 24)).resolve((768, 768)), "needed 4 ranks with 1 at both ends"),
+    (lambda: TTMatrix(out_modes=(5, 5), in_modes=(6, 6)).resolve(SHAPE), "multiply to 25; needed 24"),
+    (lambda: TTMatrix(out_modes=(24,), in_modes=(6, 6)).resolve(SHAPE), "needed equally many"),
+    (lambda: MPO(order=3, max_rank=2).resolve((31, 8)), "size 31 has no 3 modes"),
+    (lambda: MPO(order=2, kept=0.01).resolve(SHAPE), "even rank 1 needs more"),
+    (lambda: LowRank(rank=2).resolve(SHAPE).decompose(torch.randn(SHAPE), "prune"), "this format knows svd"),
+    (lambda: LowRank(rank=2).resolve(SHAPE).decompose(torch.full(SHAPE, float("nan"))), "NaN or infinite"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "words"), BAD, ids=[words[:40] for _, words in BAD])
+def test_bad_forms_say_what_to_do(call, words):
+    with pytest.raises(ShapeError, match=words):
+        call()
+
+
+def test_ranks_beyond_the_possible_become_the_actual_ones():
+    assert LowRank(rank=999).resolve(SHAPE).rank == 24
+    assert Kronecker(right=(2, 3), terms=999).resolve(SHAPE).terms == 6
+    assert TTMatrix(order=3, max_rank=999).resolve((24, 36)).ranks == (1, 6, 16, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([LowRank(kept=0.7), MPO(order=2, kept=0.7), TensorTrain(order=2, kept=0.9), Kronecker(right=(2, 2), kept=0.7)]),
+    st.sampled_from([8, 12, 18, 20, 36]), st.sampled_from([8, 12, 30, 32]),
+)  # fmt: skip
+def test_any_form_on_any_shape_keeps_its_promises(loose, out, width):
+    shape, weight = (out, width), torch.randn(out, width, dtype=torch.float64)
+    form = loose.resolve(shape)
+    factors, error = form.decompose(weight)
+    dense = form.to_dense(factors, shape)
+    assert form.num_params(shape) <= loose.kept * out * width
+    assert abs(float(error) - float((weight - dense).norm() / weight.norm())) < 1e-7
+    x = torch.randn(3, width, dtype=torch.float64)
+    assert torch.allclose(form.forward(x, factors, shape), x @ dense.T, atol=1e-9)
+
+
+def test_the_chosen_plan_is_the_cheapest_by_the_model(form):
+    for tokens in (1, 64, 4096):
+        plans = form.plans(SHAPE, tokens)
+        best = min(seconds(plan) for plan in plans)
+        assert seconds(next(p for p in plans if p.name == choose(form, SHAPE, tokens, "cpu"))) == best
+
+
+def test_bucket_rounds_up_to_powers_of_two():
+    assert [bucket(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+
+
+def test_a_large_mpo_is_rebuilt_and_a_thin_low_rank_is_not():
+    shape = (3072, 768)
+    mpo = MPO(order=3, max_rank=64).resolve(shape)
+    assert choose(mpo, shape, 4096, "cpu") == "rebuild"
+    assert choose(LowRank(rank=32).resolve(shape), shape, 4096, "cpu") == "factors"

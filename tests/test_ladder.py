@@ -1,0 +1,52 @@
+"""The ladder of design: a module imports only from rungs below it. Read from the source, so that late imports count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tnlib
+
+ROOT = Path(tnlib.__file__).parent
+RUNGS = [
+    ["shapes", "contract", "families", "records", "wheel", "cost"],
+    ["spectrum", "figures", "assets", "evaluate"],
+    ["form", "data"],
+    ["low_rank", "kronecker", "tensor_train"],
+    ["tt_matrix"],
+    ["layers", "recipe", "audit"],
+    ["papers", "plan", "explore"],
+    ["surgery"],
+    ["presets", "report"],
+    ["job"],
+    ["execute", "progress"],
+    ["run"],
+]
+LEVEL = {name: level for level, names in enumerate(RUNGS) for name in names}
+MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "__main__"))
+
+
+def imported(module):
+    """tnlib modules that a module imports anywhere in its source."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tnlib."):
+            found.add(node.module.split(".")[1])
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("tnlib.")}
+    return found
+
+
+def test_every_module_has_a_rung():
+    assert set(MODULES) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_only_downward(module):
+    upward = {other for other in imported(module) if LEVEL[other] >= LEVEL[module]}
+    assert not upward, f"{module} (rung {LEVEL[module]}) imports {upward}; move the shared part down a rung"
+
+
+def test_public_names_exist():
+    for name in tnlib.__all__:
+        assert getattr(tnlib, name) is not None

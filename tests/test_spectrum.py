@@ -1,0 +1,69 @@
+"""spectrum: the needed triplets equal a full SVD's, by either route, in batches, to the stated error."""
+
+import pytest
+import torch
+
+from tnlib import spectrum
+from tnlib.spectrum import truncate
+
+
+@pytest.mark.parametrize("shape", [(7, 20), (20, 7), (9, 9), (1, 5), (5, 1)])
+@pytest.mark.parametrize("rank", [1, 3, None])
+def test_equals_full_svd(shape, rank):
+    matrix = torch.randn(shape, dtype=torch.float64)
+    cut = truncate(matrix, rank)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    r = cut.rank
+    assert torch.allclose(cut.left @ cut.right, u[:, :r] * s[:r] @ v[:r], atol=1e-10)
+    assert torch.allclose(cut.values, s[:r], atol=1e-10)
+    assert torch.allclose(cut.discarded, (s[r:] ** 2).sum(), atol=1e-10)
+
+
+def test_the_shorter_side_is_orthonormal_and_balancing_keeps_the_product():
+    for shape, side in (((6, 11), "left"), ((11, 6), "right")):
+        cut = truncate(torch.randn(shape, dtype=torch.float64), 4)
+        basis = cut.left if side == "left" else cut.right.mT
+        assert cut.orthonormal == side
+        assert torch.allclose(basis.mT @ basis, torch.eye(4, dtype=torch.float64), atol=1e-12)
+        left, right = cut.balanced()
+        assert torch.allclose(left @ right, cut.left @ cut.right, atol=1e-12)
+        assert torch.allclose(left.norm(dim=0), right.norm(dim=1), atol=1e-10)
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.1, 1e-3])
+def test_tolerance_keeps_the_fewest_that_reach_it(tolerance):
+    matrix = torch.randn(30, 40, dtype=torch.float64) * torch.logspace(0, -4, 40, dtype=torch.float64)
+    cut = truncate(matrix, tolerance=tolerance)
+    error = (cut.discarded / cut.total).sqrt()
+    assert error <= tolerance
+    fewer = truncate(matrix, cut.rank - 1)
+    assert (fewer.discarded / fewer.total).sqrt() > tolerance
+
+
+def test_batch_equals_one_by_one():
+    stack = torch.randn(3, 2, 8, 12, dtype=torch.float64)
+    cut = truncate(stack, 3)
+    one = truncate(stack[1, 1], 3)
+    assert torch.allclose((cut.left @ cut.right)[1, 1], one.left @ one.right, atol=1e-12)
+    assert torch.allclose(cut.discarded[1, 1], one.discarded)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_subspace_iteration_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch, transposed):
+    matrix = torch.randn(160, 200)  # Gaussian: the flattest spectrum there is, the hardest to separate
+    matrix = matrix.T if transposed else matrix
+    exact = truncate(matrix, 10)
+    monkeypatch.setattr(spectrum, "GRAM_LIMIT", 100)
+    found = truncate(matrix, 10)
+    excess = (found.discarded / found.total).sqrt() - (exact.discarded / exact.total).sqrt()
+    assert 0 <= excess + 1e-7
+    assert excess < 1e-4  # the library's promise for large unfoldings
+
+
+def test_zero_and_rank_deficient_matrices_stay_finite():
+    left, right = truncate(torch.zeros(4, 6), 2).balanced()
+    assert torch.equal(left @ right, torch.zeros(4, 6))
+    thin = torch.randn(20, 1) @ torch.randn(1, 30)
+    left, right = truncate(thin, 5).balanced()
+    assert torch.isfinite(left).all()
+    assert torch.allclose(left @ right, thin, atol=1e-5)
