@@ -27,7 +27,9 @@ def test_rearranged_kron_is_an_outer_product():
 
 
 def test_planted_kronecker_terms_are_found_exactly():
-    planted = sum(torch.kron(torch.randn(4, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)) for _ in range(3))
+    planted = sum(
+        torch.kron(torch.randn(4, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)) for _ in range(3)
+    )
     left, right, error = nearest_kronecker(planted, (4, 6), (6, 6), terms=3)
     rebuilt = sum(torch.kron(a, b) for a, b in zip(left, right))
     assert torch.allclose(rebuilt, planted, atol=1e-10)
@@ -48,7 +50,9 @@ def test_norm_preserving_scale_restores_the_norm_and_raises_the_error(weight):
     scaled, scaled_error = form.decompose(weight, "norm")
     rho = (1 - plain_error**2).sqrt()
     assert torch.allclose(form.to_dense(scaled, SHAPE).norm(), weight.norm())
-    assert torch.allclose(scaled_error, (2 - 2 * rho).sqrt())  # Krony-PT's paradox: sqrt(1 - rho^2) becomes sqrt(2 - 2 rho)
+    assert torch.allclose(
+        scaled_error, (2 - 2 * rho).sqrt()
+    )  # Krony-PT's paradox: sqrt(1 - rho^2) becomes sqrt(2 - 2 rho)
     alpha = norm_preserving_scale(weight, form.to_dense(plain, SHAPE))
     assert torch.allclose(alpha, 1 / rho)
 

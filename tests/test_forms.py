@@ -88,7 +88,12 @@ def test_resolving_twice_changes_nothing(form):
 
 
 def test_kept_is_a_budget_that_is_filled():
-    for loose in (LowRank(kept=0.5), TensorTrain(order=2, kept=0.5), MPO(order=2, kept=0.5), Kronecker(right=(2, 2), kept=0.5)):
+    for loose in (
+        LowRank(kept=0.5),
+        TensorTrain(order=2, kept=0.5),
+        MPO(order=2, kept=0.5),
+        Kronecker(right=(2, 2), kept=0.5),
+    ):
         shape = (96, 64)
         form = loose.resolve(shape)
         assert form.share(shape) <= 0.5

@@ -145,7 +145,9 @@ def test_wrong_input_width_and_wrong_form_are_refused():
         FactorizedLinear.from_dense(dense, LowRank(rank=3))
 
 
-@pytest.mark.parametrize("ids", [torch.tensor(3), torch.tensor([0, 23]), torch.tensor([[1, 1], [2, 7]]), torch.zeros(0, dtype=torch.long)])
+@pytest.mark.parametrize(
+    "ids", [torch.tensor(3), torch.tensor([0, 23]), torch.tensor([[1, 1], [2, 7]]), torch.zeros(0, dtype=torch.long)]
+)
 def test_embedding_looks_up_rows_of_its_own_table(form, ids):
     layer = FactorizedEmbedding.from_dense(nn.Embedding(OUT, IN, padding_idx=0).double(), form)
     assert torch.allclose(layer(ids), nn.functional.embedding(ids, layer.weight), atol=1e-10)

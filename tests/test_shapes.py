@@ -40,7 +40,9 @@ def test_balanced_modes_of_real_sizes(size, order, modes):
 
 
 def test_prime_size_names_its_factors_and_a_padded_size():
-    with pytest.raises(ShapeError, match=r"size 50257 has no 3 modes.*\(29, 1733\).*Use order <= 2.*pad the axis to \d+"):
+    with pytest.raises(
+        ShapeError, match=r"size 50257 has no 3 modes.*\(29, 1733\).*Use order <= 2.*pad the axis to \d+"
+    ):
         balanced_modes(50257, 3)
 
 

@@ -120,7 +120,7 @@ class FitExplorer(Explorer):
             rebuilt = form.to_dense(form.decompose(self.weight)[0], shape)
         limit = 3 * float(self.weight.std())
         for axis, matrix, title in ((before, self.weight, "weight"), (after, rebuilt, "rebuilt")):
-            axis.imshow(matrix[: self.corner, : self.corner].float(), cmap="RdBu", vmin=-limit, vmax=limit)
+            axis.imshow(matrix[: self.corner, : self.corner].float().numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
             axis.set(title=f"{title}, corner", xticks=[], yticks=[])
             axis.grid(False)
 

@@ -50,6 +50,7 @@ def densify_(model):
             dense, first = layer.to_dense(), id(next(layer.parameters()))
             if first in tables:
                 dense.weight = tables[first]
+            _keep_bias(layer, dense)
             tables[first] = dense.weight
             _swap(model, name, dense)
 
@@ -58,7 +59,18 @@ def _build(module, rule, generator):
     kind = FactorizedEmbedding if isinstance(module, nn.Embedding) else FactorizedLinear
     if rule.split > 1:
         return SplitLinear.from_dense(module, rule.form, rule.init, generator, rule.split)
-    return kind.from_dense(module, rule.form, rule.init, generator)
+    return _keep_bias(module, kind.from_dense(module, rule.form, rule.init, generator))
+
+
+def _keep_bias(old, new):
+    """Let the new layer hold the old one's very bias: BERT ties its decoder's to another name."""
+    if (
+        isinstance(new, (nn.Linear, FactorizedLinear))
+        and isinstance(old, nn.Module)
+        and not isinstance(old, SplitLinear)
+    ):
+        new.bias = old.bias
+    return new
 
 
 def _partners(model, recipe, name, module, rule):
