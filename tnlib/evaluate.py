@@ -1,0 +1,220 @@
+"""What a model is worth: perplexity, divergence from its teacher, text; each estimate with its error bar.
+
+The measures of what it costs are in cost.py and can be imported from here too.
+"""
+
+import itertools
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from tnlib.cost import flops_per_token, latency, peak_memory_mb, size
+
+__all__ = ["Divergence", "Perplexity", "flops_per_token", "generate", "kl_to_teacher", "latency", "peak_memory_mb"]
+__all__ += ["perplexity", "size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """exp(nll) on `tokens` predicted tokens; stderr is the standard error of `value` over windows."""
+
+    value: float
+    stderr: float
+    nll: float  # nats per token
+    tokens: int
+    windows: int
+    context: int
+    stride: int
+
+    def __str__(self):
+        how = f"{self.tokens:,} tokens, context {self.context}, stride {self.stride}"
+        return f"{self.value:.2f} ± {self.stderr:.2g} ({how})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Mean forward KL(teacher || student) in nats per token; stderr over windows."""
+
+    value: float
+    stderr: float
+    tokens: int
+    windows: int
+
+    def __str__(self):
+        return f"{self.value:.4g} ± {self.stderr:.2g} nats per token ({self.tokens:,} tokens)"
+
+
+def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=None, progress=False):
+    """Perplexity of a causal language model: exp of the mean next-token NLL over all predicted tokens.
+
+    windows: (windows, context) int64 as from token_windows; or a stream (tokens,), which then needs `context`
+    stride: tokens from one window to the next. None or context: disjoint windows, each predicting context - 1 tokens.
+        Smaller: overlapping windows, each scoring only the tokens that no earlier one scored; the last may score fewer
+    batch: windows a forward pass; memory is (batch, context, vocabulary) logits, upcast to float32 a window at a time
+    Returns: Perplexity; stderr by the delta method with windows as clusters, tokens of a window not being independent
+    Raises: ValueError for a stream shorter than one window, ids or context beyond the model's, or an NLL not finite
+    Source: windows as in Hugging Face's guide "Perplexity of fixed-length models". On one window equal to exp(loss).
+    """
+    stream, starts, first, context = _windows(windows, context, stride)
+    starts, first = starts[:max_windows], first[:max_windows]
+    _check(model, stream, context)
+    sums = []
+    with _evaluating(model):
+        for some in _progress(torch.arange(len(starts)).split(batch), progress, "perplexity"):
+            ids = stream[starts[some, None] + torch.arange(context)]  # (batch, context)
+            for row, target, begin in zip(_logits(model, ids), ids, first[some].tolist()):
+                scored = row[begin - 1 : -1].float()  # (context - begin, vocabulary)
+                sums.append(F.cross_entropy(scored, target[begin:].to(row.device), reduction="sum"))
+    nll, stderr = _mean(_finite(sums, model, "perplexity"), context - first)
+    value = math.exp(min(nll, 700.0))  # exp overflows at 710
+    return Perplexity(
+        value=value,
+        stderr=value * stderr,
+        nll=nll,
+        tokens=int((context - first).sum()),
+        windows=len(starts),
+        context=context,
+        stride=context if stride is None else stride,
+    )
+
+
+def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress=False):
+    """Mean KL(teacher || student) of the next-token distributions, over every position of every window.
+
+    windows: (windows, context) int64
+    Returns: Divergence in nats per token, stderr over windows
+    Raises: ValueError if the vocabularies differ, ids or context are beyond the models', or a KL is not finite
+    Source: Hinton et al. 2015, at temperature 1. Zero for a model against itself.
+    """
+    windows = windows[:max_windows]
+    for model in (student, teacher):
+        _check(model, windows, windows.shape[1])
+    sums = []
+    with _evaluating(student), _evaluating(teacher):
+        for ids in _progress(windows.split(batch), progress, "KL to teacher"):
+            ours, theirs = _logits(student, ids), _logits(teacher, ids)  # (batch, context, vocabulary)
+            if ours.shape != theirs.shape:
+                raise ValueError(
+                    f"kl_to_teacher: student logits {tuple(ours.shape)}, teacher logits {tuple(theirs.shape)} (batch, "
+                    "context, vocabulary); needed one vocabulary. Take the teacher the student was made from"
+                )
+            for row, wanted in zip(ours, theirs):
+                wanted = wanted.to(row.device).float().log_softmax(-1)
+                sums.append(F.kl_div(row.float().log_softmax(-1), wanted, reduction="sum", log_target=True))
+    counts = torch.full((len(windows),), windows.shape[1])
+    value, stderr = _mean(_finite(sums, student, "kl_to_teacher"), counts)
+    return Divergence(value=value, stderr=stderr, tokens=windows.numel(), windows=len(windows))
+
+
+def generate(model, tokenizer, prompt, max_new_tokens=40, chat=False):
+    """Greedy continuation of `prompt`, without the prompt.
+
+    chat: put the prompt through the tokenizer's chat template as the user's turn
+    Returns: str
+    Source: transformers' generate, do_sample=False. The same call returns the same text.
+    """
+    if chat:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with _evaluating(model):
+        inputs = inputs.to(_device(model))
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _windows(windows, context, stride):
+    """The token stream, where each window starts (windows,), its first scored position (windows,), and the context."""
+    if windows.dim() == 2:
+        context = windows.shape[1] if context is None else context
+    stride = context if stride is None else stride
+    if context is None or not 1 <= stride <= context or context < 2:
+        raise ValueError(
+            f"perplexity: tokens {tuple(windows.shape)}, context {context}, stride {stride}; needed context >= 2 (a "
+            "stream must be given one) and 1 <= stride <= context"
+        )
+    stream = windows.flatten().cpu()
+    if len(stream) < context:
+        raise ValueError(
+            f"perplexity: {len(stream)} tokens are less than one window of context {context}; needed at least one. "
+            "Give a longer text or a smaller context"
+        )
+    last = len(stream) - context
+    starts = torch.arange(0, last + 1, stride)
+    if stride < context and starts[-1] < last:  # one more window, so that the tail is scored too
+        starts = torch.cat([starts, torch.tensor([last])])
+    # A window scores what lies behind the end of the one before it; position 0 can never be predicted.
+    first = (context - starts.diff(prepend=starts[:1] - context)).clamp(min=1)
+    return stream, starts, first, context
+
+
+def _check(model, ids, context):
+    """Refuse ids and contexts that would be an index error, which CUDA reports late and elsewhere."""
+    config = getattr(model, "config", None)
+    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
+    if vocabulary is not None and int(ids.max()) >= vocabulary:
+        raise ValueError(
+            f"{type(model).__name__}: token id {int(ids.max())} with a vocabulary of {vocabulary}; needed ids below "
+            "that. Tokenize with the model's own tokenizer"
+        )
+    if longest is not None and context > longest:
+        raise ValueError(
+            f"{type(model).__name__}: context {context}, but the model has {longest} positions; needed no more than "
+            "those. Make shorter windows"
+        )
+
+
+def _finite(sums, model, where):
+    """Sums over windows in float64, or an error that names the first bad window and the parameters to suspect."""
+    sums = torch.stack(sums).double().cpu()
+    bad = (~sums.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        suspects = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+        cause = f"not finite: parameter {suspects[0]}" if suspects else "parameters are finite: an overflow on the way"
+        raise ValueError(
+            f"{where}: window {bad[0]} of {len(sums)} gave {sums[bad[0]].item()} ({cause}); needed finite logits. "
+            "Repair the weights, or evaluate in float32"
+        )
+    return sums
+
+
+def _mean(sums, counts):
+    """Mean per token and its standard error, windows as clusters of unequal size: a ratio estimator."""
+    mean, windows = (sums.sum() / counts.sum()).item(), len(sums)
+    spread = (sums - mean * counts).square().sum().item()
+    stderr = math.sqrt(spread * windows / (windows - 1)) / counts.sum().item() if windows > 1 else math.nan
+    return mean, stderr
+
+
+def _logits(model, ids):
+    """(batch, context, vocabulary) in the model's own dtype."""
+    out = model(ids.to(_device(model)))
+    return getattr(out, "logits", out)
+
+
+def _device(model):
+    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+def _progress(steps, shown, what):
+    from tqdm.auto import tqdm
+
+    return tqdm(steps, desc=what, disable=not shown)
+
+
+@contextmanager
+def _evaluating(model):
+    """Eval mode without gradients; afterwards each submodule is as it was, a frozen one included."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
