@@ -1,5 +1,6 @@
 """Every form: exact at full rank, sizes as predicted, errors as reported, every plan of contraction equal to the dense product."""
 
+import itertools
 import math
 
 import pytest
@@ -104,7 +105,7 @@ def test_kept_is_a_budget_that_is_filled():
                                   lambda r: Kronecker(right=(2, 3), terms=r)])  # fmt: skip
 def test_error_does_not_grow_with_rank(make, weight):
     errors = [float(make(r).resolve(SHAPE).decompose(weight)[1]) for r in range(1, 12)]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:]))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
 
 
 BAD = [
