@@ -417,7 +417,7 @@ def test_a_kernel_that_does_not_start_is_tried_once_more(monkeypatch, answers, e
 
     monkeypatch.setattr(execute, "_papermill", papermill)
     outcome = job.Outcome("01_a")
-    execute._execute(None, outcome, threading.Event())
+    execute._execute(None, outcome, "", threading.Event())
     assert (outcome.verdict, outcome.error) == expected
     assert next(answers, None) is None
 
