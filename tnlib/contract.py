@@ -69,9 +69,11 @@ def _cached(form, shape, tokens, device, rows):
     return cheapest(form.row_plans(shape, tokens) if rows else form.plans(shape, tokens), device).name
 
 
-@torch.compiler.assume_constant_result
 def _traced(form, shape, device, rows):
     return _cached(form, shape, TRACED_TOKENS, device, rows)
+
+
+_traced._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_result does, but that imports the compiler: seconds
 
 
 def bucket(tokens):

@@ -199,7 +199,7 @@ def skeleton(base):
 
     known = {
         "gpt2": (AutoModelForCausalLM, GPT2Config),
-        "gpt2-50k": (AutoModelForCausalLM, lambda: GPT2Config(vocab_size=50_000)),
+        "gpt2-50k": (AutoModelForCausalLM, lambda: GPT2Config(vocab_size=50_000, bos_token_id=None, eos_token_id=None)),
         "bert-base-uncased": (AutoModel, BertConfig),
         "meta-llama/Llama-2-7b-hf": (AutoModelForCausalLM, LlamaConfig),
     }

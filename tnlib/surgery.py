@@ -1,6 +1,7 @@
 """In-place surgery: factorize_ puts a recipe's layers into a model, densify_ takes them out again."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -28,13 +29,12 @@ def factorize_(model, recipe, *, seed=0, progress=None):
     for name, module, _ in claims:
         check_weight(weight_of(module), f"recipe {recipe.name!r}, module {name}")
     partners = {name: _partners(model, recipe, name, module, rule) for name, module, rule in claims}
-    generator = torch.Generator().manual_seed(seed)
-    new = {}
     hide = not (sys.stderr.isatty() if progress is None else progress)
-    for name, module, rule in tqdm(claims, desc=f"factorize {recipe.name}", disable=hide):
-        new[name] = _build(module, rule, generator)
-        for other in partners[name]:
-            new[other] = _share(model.get_submodule(other), new[name])
+    new = {}
+    for claim, layer in tqdm(_all_built(claims, seed), f"factorize {recipe.name}", len(claims), disable=hide):
+        new[claim.name] = layer
+        for other in partners[claim.name]:
+            new[other] = _share(model.get_submodule(other), layer)
     for name, layer in new.items():
         _swap(model, name, layer)
 
@@ -53,6 +53,23 @@ def densify_(model):
             _keep_bias(layer, dense)
             tables[first] = dense.weight
             _swap(model, name, dense)
+
+
+def _all_built(claims, seed):
+    """(claim, new layer) in order, one matrix a thread: LAPACK's own threads gain little on one and stall on a busy machine."""
+    threads = torch.get_num_threads()
+    at_once = 1 if any(claim.module.weight.is_cuda for claim in claims) else threads
+    pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,))
+
+    def build(numbered):
+        number, (_, module, rule) = numbered
+        return _build(module, rule, torch.Generator().manual_seed(seed * 1_000_003 + number))
+
+    try:
+        yield from zip(claims, pool.map(build, enumerate(claims)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a thread's setting is also what new threads start with
 
 
 def _build(module, rule, generator):
