@@ -176,10 +176,11 @@ def test_pip_settings_are_told_to_uv(boot, tmp_path):
 def test_children_see_the_venv_first_and_the_users_settings(boot, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("PYTHONHOME", "elsewhere")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     env = boot.environment(MPLBACKEND="Agg")
     assert env["PATH"].split(os.pathsep)[0] == os.path.dirname(boot.venv_python())
     assert (env["OMP_NUM_THREADS"], env["MPLBACKEND"]) == ("3", "Agg")
-    assert "PYTHONHOME" not in env
+    assert not {"PYTHONHOME", "PYTHONDONTWRITEBYTECODE"} & set(env)
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert int(boot.environment()["OMP_NUM_THREADS"]) >= 1
 

@@ -127,6 +127,11 @@ def _this_python():
             argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
+        async def _async_interrupt_kernel(self):
+            """Do nothing: only jupyter_client's shutdown asks, and a kernel that is done may log it as an error."""
+
+        interrupt_kernel = _async_interrupt_kernel
+
     return ThisPython
 
 
