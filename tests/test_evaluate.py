@@ -112,6 +112,7 @@ def test_standard_error_is_that_of_window_means():
     each = torch.tensor([perplexity(model, row[None]).nll for row in ids], dtype=torch.double)
     found = perplexity(model, ids)
     assert found.stderr == pytest.approx(found.value * each.std().item() / math.sqrt(12), rel=1e-5)
+    assert found.losses == pytest.approx(each.tolist(), rel=1e-6)
     assert str(found) == f"{found.value:.2f} ± {found.stderr:.2g} (180 tokens, context 16, stride 16)"
 
 

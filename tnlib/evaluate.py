@@ -6,7 +6,7 @@ The measures of what it costs are in cost.py and can be imported from here too.
 import itertools
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,11 @@ __all__ += ["perplexity", "size"]
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """exp(nll) on `tokens` predicted tokens; stderr is the standard error of `value` over windows."""
+    """exp(nll) on `tokens` predicted tokens; stderr is the standard error of `value` over windows.
+
+    losses: nats per token of each window. Two models are compared by the differences of theirs: what a window itself
+        adds, the largest part of stderr, cancels
+    """
 
     value: float
     stderr: float
@@ -28,6 +32,7 @@ class Perplexity:
     windows: int
     context: int
     stride: int
+    losses: tuple = field(default=(), repr=False)
 
     def __str__(self):
         how = f"{self.tokens:,} tokens, context {self.context}, stride {self.stride}"
@@ -68,7 +73,8 @@ def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=N
             for row, target, begin in zip(_logits(model, ids), ids, first[some].tolist()):
                 scored = row[begin - 1 : -1].float()  # (context - begin, vocabulary)
                 sums.append(F.cross_entropy(scored, target[begin:].to(row.device), reduction="sum"))
-    nll, stderr = _mean(_finite(sums, model, "perplexity"), context - first)
+    sums = _finite(sums, model, "perplexity")
+    nll, stderr = _mean(sums, context - first)
     value = math.exp(min(nll, 700.0))  # exp overflows at 710
     return Perplexity(
         value=value,
@@ -78,6 +84,7 @@ def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=N
         windows=len(starts),
         context=context,
         stride=context if stride is None else stride,
+        losses=tuple((sums / (context - first)).tolist()),
     )
 
 
