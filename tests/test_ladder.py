@@ -16,7 +16,7 @@ RUNGS = [
     ["tt_matrix"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore"],
-    ["surgery"],
+    ["surgery", "forecast"],
     ["presets", "report"],
     ["job"],
     ["execute", "progress"],

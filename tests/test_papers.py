@@ -34,7 +34,13 @@ def krony(up, terms=1):
 
 @pytest.mark.parametrize(
     ("base", "params"),
-    [("gpt2", 124_439_808), ("bert-base-uncased", 109_482_240), ("meta-llama/Llama-2-7b-hf", 6_738_415_616)],
+    [
+        ("gpt2", 124_439_808),
+        ("distilgpt2", 81_912_576),
+        ("smollm2-135m", 134_515_008),
+        ("bert-base-uncased", 109_482_240),
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+    ],
 )
 def test_skeletons_have_the_published_sizes(base, params):
     model = skeleton(base)

@@ -359,6 +359,16 @@ def test_dry_run_and_list_print_and_run_nothing(folder, capsys):
     assert not (folder / "run").exists()
 
 
+def test_dry_run_tells_what_healing_needs(tmp_path, capsys):
+    declared = 'MODEL = "gpt2"\nRECIPE = "krony-81m"\nDATASET = "wikitext-2"\nHEAL_DATASET = "openwebtext"\nHEAL_TOKENS = 1000'
+    make(tmp_path, "01_a", "pass", parameters=declared + "\nHEAL_BATCH = 2\nHEAL_CONTEXT = 64\nTOKENS_PER_SECOND = 50")
+    preset(tmp_path, "01_a:\n  HEAL_TOKENS: 27120000000\n  HEAL_BATCH: 120\n  HEAL_CONTEXT: 1024\n  TOKENS_PER_SECOND: 150000\n")
+    assert main(["--preset", "tiny", "--folder", str(tmp_path), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for words in ("81,972,576 parameters", "data: openwebtext, wikitext-2", "27,120,000,000 tokens in 220,704 steps", "50.22 hours"):
+        assert words in said, said
+
+
 def test_a_notebook_without_a_parameters_cell_is_refused(folder):
     make(folder, "03_c", "pass", tag="other")
     with pytest.raises(PresetError, match=r"(?s)03_c: no code cell is tagged 'parameters'.*literals only"):

@@ -17,6 +17,7 @@ _PUBLIC = {
     "recipe": ["Heal", "Quantize", "Recipe", "RecipeError", "Rule"],
     "papers": ["papers", "skeleton"],
     "plan": ["plan", "report"],
+    "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],

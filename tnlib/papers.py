@@ -187,12 +187,19 @@ class _Papers(dict):
 papers = _Papers(ALL)
 
 
+_SMOLLM2 = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
 def skeleton(base):
     """A paper's base model on the meta device: true shapes, no weights, no network, milliseconds.
 
-    base: "gpt2", "gpt2-50k" (Hybrid TT's vocabulary), "bert-base-uncased", "meta-llama/Llama-2-7b-hf", or a config object
+    base: "gpt2", "gpt2-50k" (Hybrid TT's vocabulary), "distilgpt2", "smollm2-135m", "bert-base-uncased",
+        "meta-llama/Llama-2-7b-hf", or a config object
     Raises: RecipeError for other names
-    Exact: parameter counts are those of the published checkpoints (124,439,808; 109,482,240; 6,738,415,616).
+    Exact: parameter counts are those of the published checkpoints (124,439,808; 134,515,008; 109,482,240; 6,738,415,616).
     """
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
@@ -200,6 +207,8 @@ def skeleton(base):
     known = {
         "gpt2": (AutoModelForCausalLM, GPT2Config),
         "gpt2-50k": (AutoModelForCausalLM, lambda: GPT2Config(vocab_size=50_000, bos_token_id=None, eos_token_id=None)),
+        "distilgpt2": (AutoModelForCausalLM, lambda: GPT2Config(n_layer=6)),
+        "smollm2-135m": (AutoModelForCausalLM, lambda: LlamaConfig(**_SMOLLM2)),
         "bert-base-uncased": (AutoModel, BertConfig),
         "meta-llama/Llama-2-7b-hf": (AutoModelForCausalLM, LlamaConfig),
     }

@@ -181,7 +181,18 @@ def _preview(options, given):
     for name, book in books.items():
         shown = [f"{key}={value!r}" for key, value in resolved.get(name, book.defaults).items()]
         print(f"{name}  {book.title}\n    {', '.join(shown) or '(defaults)'}")
+        if not options.list and "HEAL_TOKENS" in book.defaults:
+            _print_forecast(book.defaults | resolved[name])
     return 0
+
+
+def _print_forecast(parameters):
+    """What a healing run needs, before it is started: plan, data, hours, memory."""
+    from tnlib.forecast import from_parameters
+
+    found = from_parameters(parameters)
+    data = ", ".join(parameters[key] for key in ("HEAL_DATASET", "DATASET") if parameters.get(key))
+    print("\n".join(f"    {line}" for line in [*str(found.plan).splitlines(), f"data: {data}", f"healing {found}"]))
 
 
 def _parser():
