@@ -9,14 +9,15 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost"],
-    ["spectrum", "figures", "assets", "evaluate"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume"],
     ["form", "data"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix"],
     ["layers", "recipe", "audit"],
-    ["papers", "plan", "explore"],
-    ["surgery"],
+    ["papers", "plan", "explore", "schedule"],
+    ["surgery", "trainer"],
+    ["heal"],
     ["presets", "report"],
     ["job"],
     ["execute", "progress"],
