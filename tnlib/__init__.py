@@ -21,6 +21,8 @@ _PUBLIC = {
     "surgery": ["densify_", "factorize_"],
     "heal": ["heal"],
     "history": ["History"],
+    "stages": ["compress_and_heal"],
+    "teacher": ["PrecomputedTeacher", "precompute_teacher"],
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],
     "evaluate": ["flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from tnlib.history import History, read_history
 from tnlib.resume import Folder, digest, fingerprint
 from tnlib.schedule import select_trainable_
+from tnlib.teacher import check_windows
 from tnlib.trainer import Examples, HealTrainer
 
 
@@ -118,21 +119,7 @@ def _check(student, teacher, train, validation, heal, budget):
         )
     for tensors in (train, validation):
         if tensors is not None:
-            _check_ids(student, tensors["input_ids"])
-
-
-def _check_ids(student, ids):
-    config = student.config
-    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise ValueError(
-            f"heal: token ids {int(ids.min())}..{int(ids.max())} with a vocabulary of {vocabulary}; needed ids in it. "
-            "Tokenize with the student's own tokenizer."
-        )
-    if longest is not None and ids.shape[1] > longest:
-        raise ValueError(
-            f"heal: context {ids.shape[1]}, but the student has {longest} positions. Make shorter windows."
-        )
+            check_windows("heal", student, tensors["input_ids"])
 
 
 def _arguments(student, teacher, train, validation, heal, budget, seed):

@@ -48,7 +48,7 @@ class History:
 
     def terms(self):
         """Names of the loss terms."""
-        fixed = {"step", "tokens", "loss", "learning_rate", "seconds", "validation_nll"}
+        fixed = {"step", "tokens", "loss", "learning_rate", "seconds", "validation_nll", "stage"}
         return [name for name in (self.rows[0] if self.rows else {}) if name not in fixed]
 
     def __len__(self):

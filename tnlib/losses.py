@@ -49,7 +49,9 @@ def logits_kl_top(student, values, indices, mask=None, count=None, temperature=1
     Exact: never above logits_kl, and equal to it when top is the vocabulary.
     """
     ours = (_wide(student) / temperature).log_softmax(-1).gather(-1, indices)  # (batch, context, top)
-    ours, theirs = _with_tail(ours), _with_tail(_wide(values))  # (batch, context, top + 1)
+    theirs = _wide(values)
+    if values.shape[-1] < student.shape[-1]:
+        ours, theirs = _with_tail(ours), _with_tail(theirs)  # (batch, context, top + 1)
     given, taken = (theirs, ours) if reverse else (ours, theirs)
     each = F.kl_div(given, taken, reduction="none", log_target=True).sum(-1)  # (batch, context)
     return temperature**2 * _sum(each, mask) / _count(each, mask, count)

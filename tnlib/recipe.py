@@ -224,7 +224,7 @@ def match(model, recipe):
     claimed = {}
     for rule in recipe.rules:
         places = rule.places(model_type(model))
-        found = [name for name in offered if _claims(rule, places, name, prefix)]
+        found = [name for name in offered if claims(rule, places, name, prefix)]
         if not found:
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.where!r} (blocks={rule.blocks!r}) claims no module of this "
@@ -241,7 +241,8 @@ def match(model, recipe):
     return [Match(name, offered[name], claimed[name]) for name in offered if name in claimed]
 
 
-def _claims(rule, places, name, prefix):
+def claims(rule, places, name, prefix=""):
+    """Whether a rule, whose patterns in this family are `places`, claims the module of this name."""
     for place in places:
         short = place.removeprefix(f"{prefix}.")  # a bare GPT2Model has no "transformer." before "h.0"
         for candidate in {place, short}:

@@ -63,8 +63,8 @@ def select_trainable_(model, train):
     else:
         patterns = (train,) if isinstance(train, str) else train
         for pattern in patterns:
-            _refuse_empty(f"train={pattern!r}", {name for name in found if claims(pattern, name)}, found)
-        chosen = {name for name in found if any(claims(pattern, name) for pattern in patterns)}
+            _refuse_empty(f"train={pattern!r}", {name for name in found if covers(pattern, name)}, found)
+        chosen = {name for name in found if any(covers(pattern, name) for pattern in patterns)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
 
@@ -78,10 +78,10 @@ def parameter_groups(model, heal):
     found, groups = kinds(model), {}
     for group in heal.groups:
         if group.where not in KINDS:
-            _refuse_empty(f"group {group.where!r}", {n for n in found if claims(group.where, n)}, found)
+            _refuse_empty(f"group {group.where!r}", {n for n in found if covers(group.where, n)}, found)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = next((g for g in heal.groups if g.where == found[name] or claims(g.where, name)), None)
+            group = next((g for g in heal.groups if g.where == found[name] or covers(g.where, name)), None)
             lr, decay = (getattr(group, key, None) for key in ("learning_rate", "weight_decay"))
             lr = heal.learning_rate if lr is None else lr
             decay = (heal.weight_decay if decay is None else decay) if parameter.dim() > 1 else 0.0
@@ -89,7 +89,7 @@ def parameter_groups(model, heal):
     return [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 
 
-def claims(pattern, name):
+def covers(pattern, name):
     """Whether a pattern, in which `*` is a block number, names this parameter or a module that it is in."""
     return re.match(re.escape(pattern).replace(r"\*", r"\d+") + r"(\.|$)", name) is not None
 
