@@ -9,14 +9,16 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost"],
-    ["spectrum", "figures", "assets", "evaluate"],
-    ["form", "data"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume"],
+    ["form", "data", "teacher"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix"],
     ["layers", "recipe", "audit"],
-    ["papers", "plan", "explore"],
-    ["surgery", "forecast"],
+    ["papers", "plan", "explore", "schedule"],
+    ["surgery", "trainer", "forecast"],
+    ["heal"],
+    ["stages"],
     ["presets", "report"],
     ["job"],
     ["execute", "progress"],

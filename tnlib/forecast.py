@@ -12,7 +12,6 @@ from tnlib.plan import Plan, plan
 from tnlib.recipe import dense_modules
 from tnlib.shapes import weight_of
 
-TEACHER_LOSSES = {"logits", "logits_reverse", "hidden", "hidden_cosine", "attention", "embedding", "embedding_cosine"}
 BYTES = {"fp32": 4, "bf16": 2}  # of an activation; weights, gradients and AdamW's two moments stay in float32
 BYTES_PER_TOKEN = 4.3  # of English text under a byte-pair vocabulary of 50,000
 
@@ -69,7 +68,7 @@ def forecast(model, recipe, *, tokens, batch, context, tokens_per_second, accumu
     if precision not in BYTES:
         raise ValueError(f"forecast: got precision={precision!r}; needed one of {', '.join(BYTES)}.")
     predicted = plan(model, recipe)
-    taught = recipe.heal is not None and any(name in TEACHER_LOSSES for name, _ in recipe.heal.losses)
+    taught = recipe.heal is not None and bool(recipe.heal.needs_teacher)
     return Forecast(
         plan=predicted,
         tokens=tokens,
