@@ -61,7 +61,7 @@ def test_hours_steps_and_flops():
     dense = sum(p.numel() for p in model.parameters())
     assert taught.flops - found.flops == 2 * 10_000 * dense
     assert taught.memory["teacher"] == 4 * dense
-    assert "10,000 tokens in 79 steps" in str(found)
+    assert "10,000 tokens in 79 steps (about 43 kB of text); 1.7 minutes" in str(found)
 
 
 def test_a_papers_run_is_known_without_weights():

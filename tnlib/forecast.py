@@ -41,13 +41,20 @@ class Forecast:
         return sum(self.memory.values()) / 1e9
 
     def __str__(self):
-        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in self.memory.items() if size)
+        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in self.memory.items() if size)
         rate = self.flops / self.tokens * self.tokens_per_second / 1e12
+        time = f"{self.hours:,.2f} hours" if self.hours >= 1 else f"{60 * self.hours:,.1f} minutes"
         return (
-            f"{self.plan.recipe}: {self.tokens:,} tokens in {self.steps:,} steps (about {self.tokens * BYTES_PER_TOKEN / 1e9:,.2f} GB of text); "
-            f"{self.hours:,.2f} hours at {self.tokens_per_second:,.0f} tokens a second ({rate:,.2f} TFLOP/s); "
-            f"{self.gigabytes:,.2f} GB of memory ({parts})"
+            f"{self.plan.recipe}: {self.tokens:,} tokens in {self.steps:,} steps (about {_bytes(self.tokens * BYTES_PER_TOKEN)} of text); "
+            f"{time} at {self.tokens_per_second:,.0f} tokens a second ({rate:,.2f} TFLOP/s); "
+            f"{_bytes(sum(self.memory.values()))} of memory ({parts})"
         )
+
+
+def _bytes(size):
+    """A size in the decimal unit that leaves one to three digits before the point."""
+    power = next((power for power in (3, 2, 1) if size >= 1000**power), 0)
+    return f"{size / 1000**power:,.3g} {('bytes', 'kB', 'MB', 'GB')[power]}"
 
 
 def forecast(model, recipe, *, tokens, batch, context, tokens_per_second, accumulate=1, precision="fp32"):
