@@ -65,7 +65,7 @@ def save_figure(fig, name, data, scale=None):
     fig: a matplotlib figure
     name: the notebook's number, then what is shown, such as "10_error_vs_rank"
     data: the plotted numbers, a dict of equally long columns or a DataFrame; a single number fills its column
-    scale: smoke, laptop, gpu or paper; by default TNLIB_SCALE, else smoke
+    scale: smoke, laptop, long, gpu or paper; by default TNLIB_SCALE, else smoke
     Returns: None, so that a cell may end in this call. The same figure writes the same bytes each time.
     Raises: ValueError for a name that is not a plain file name, or columns of different lengths
     """

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-SCALES = ("smoke", "laptop", "gpu", "paper")  # in rising order of trust
+SCALES = ("smoke", "laptop", "long", "gpu", "paper")  # in rising order of trust
 VERSIONS_OF = ("torch", "transformers", "numpy", "tnlib")
 
 
@@ -131,7 +131,7 @@ def _scale():
 
 
 def trust(scale):
-    """Sort key: paper > gpu > laptop > a scale of your own > smoke."""
+    """Sort key: paper > gpu > long > laptop > a scale of your own > smoke."""
     return SCALES.index(scale) if scale in SCALES else 0.5
 
 

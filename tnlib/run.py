@@ -192,7 +192,7 @@ def _print_forecast(parameters):
 
     found = from_parameters(parameters)
     data = ", ".join(parameters[key] for key in ("HEAL_DATASET", "DATASET") if parameters.get(key))
-    print("\n".join(f"    {line}" for line in [*str(found.plan).splitlines(), f"data: {data}", f"healing {found}"]))
+    print("\n".join(f"    {line}" for line in [*str(found.plan).splitlines(), f"data: {data}", f"each healing run, {found}"]))
 
 
 def _parser():
@@ -205,7 +205,7 @@ def _parser():
         "--preset",
         default="laptop",
         metavar="NAME",
-        help="smoke, laptop, gpu, paper, or the path of a YAML file (laptop)",
+        help="smoke, laptop, long, gpu, paper, or the path of a YAML file (laptop)",
     )
     add(
         "-p",
