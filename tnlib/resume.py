@@ -107,6 +107,9 @@ def step_of(checkpoint):
 
 def weights(model):
     """Parameters, a shared one once, and persistent buffers: contiguous tensors by name; sharded ones are gathered."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):  # FSDP leaves some parameters whole after a forward, in memory that it frees later
+            module.reshard()
     named = dict(model.named_parameters())
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     named |= {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}

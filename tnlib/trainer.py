@@ -1,17 +1,19 @@
 """One subclass of transformers.Trainer: the losses, groups and schedules of a Heal, exact resume, rows of a history."""
 
 import json
+import os
 import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from tnlib import losses
 from tnlib.history import Curve, Log, is_interactive
-from tnlib.resume import load_weights_, put_weights_, save_weights, step_of, weights
+from tnlib.resume import load_weights_, save_weights, step_of, weights
 from tnlib.schedule import curriculum_over, included_layers, parameter_groups, rate
 from tnlib.treatment import AFTER_CURRICULUM
 
@@ -57,11 +59,23 @@ class HealTrainer(Trainer):
         self.keeper = _Keeper(self, progress)
         self.add_callback(self.keeper)
 
+    def create_accelerator_and_postprocess(self):
+        """FSDP on CPU as well: accelerate 1.15 heeds `--use_fsdp` on accelerators only, and would fall back to DDP."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would load the student twice, factors untied
+
     def _place(self, teacher):
+        """The teacher on its device, in eval mode, under the student's precision; never sharded, never trained."""
         if not isinstance(teacher, torch.nn.Module):
             return teacher
-        teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        return teacher.to(self.args.device).eval()
+        prepared = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.accelerator._models.remove(prepared)  # or accelerate would clip its gradients and save it
+        return prepared.to(self.args.device).eval()
 
     # ---- what is minimized
 
@@ -223,6 +237,11 @@ class HealTrainer(Trainer):
         return load_weights_(self.model, Path(resume_from_checkpoint) / "model.safetensors")
 
 
+def is_sharded():
+    """Whether `accelerate launch` asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+
+
 class _Keeper(TrainerCallback):
     """Adds up the loss terms, writes rows, evaluates, stops early, asks for checkpoints, shows the progress."""
 
@@ -318,11 +337,6 @@ class _Keeper(TrainerCallback):
             from safetensors.torch import load_file
 
             self.best_weights = load_file(checkpoint / "best.safetensors")
-
-    def keep_best_(self, model):
-        """Put the best weights into the model, if patience watched over it."""
-        if self.best_weights is not None:
-            put_weights_(model, self.best_weights, "best weights")
 
 
 def _stack(items):
