@@ -16,6 +16,7 @@ RUNGS = [
     ["tt_matrix"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore", "schedule"],
+    ["keeper"],
     ["surgery", "trainer"],
     ["heal"],
     ["stages"],

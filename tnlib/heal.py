@@ -75,9 +75,7 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     if folder and args.should_save:
         folder.finish(student, {"step": trainer.state.global_step, "best_validation_nll": trainer.keeper.best})
     trainer.accelerator.wait_for_everyone()
-    rows = trainer.keeper.log.rows
-    trainer.accelerator.free_memory()
-    return History(rows)
+    return History(trainer.keeper.log.rows)
 
 
 def _to_shard(student):
