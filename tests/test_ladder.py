@@ -9,14 +9,18 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "assign"],
     ["form", "data", "teacher"],
+    ["van_loan"],
+    ["arrange"],
+    ["permute"],
     ["low_rank", "kronecker", "tensor_train"],
-    ["tt_matrix"],
+    ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
-    ["papers", "plan", "explore", "schedule"],
-    ["surgery", "trainer", "forecast"],
+    ["papers", "plan", "explore", "schedule", "layer_fit"],
+    ["keeper"],
+    ["surgery", "trainer", "forecast", "hidden", "local"],
     ["heal"],
     ["stages"],
     ["presets", "report"],

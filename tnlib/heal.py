@@ -1,5 +1,6 @@
 """heal: train a factorized student back, by the losses and schedules of a recipe's Heal, for a Budget, resumably."""
 
+import copy
 import importlib.util
 import os
 import random
@@ -12,10 +13,11 @@ import torch
 from transformers import TrainingArguments
 
 from tnlib.history import History, read_history
-from tnlib.resume import Folder, digest, fingerprint
+from tnlib.layers import FactorizedEmbedding
+from tnlib.resume import Folder, digest, fingerprint, put_weights_, weights
 from tnlib.schedule import select_trainable_
 from tnlib.teacher import check_windows
-from tnlib.trainer import Examples, HealTrainer
+from tnlib.trainer import Examples, HealTrainer, is_sharded
 
 
 def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
@@ -60,19 +62,28 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     if checkpoint is None and any(name == "local" for name, _ in heal.losses):
         _fit_locally(student, teacher, train["input_ids"], budget, folder, seed, progress)
     select_trainable_(student, heal.train)
+    trained = _to_shard(student) if is_sharded() else student
     examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)
     args = _training_arguments(student, heal, budget, folder, seed, scratch)
     if not heal.weights:
         raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
-    trainer = HealTrainer(student, teacher, examples, validation, heal, budget, args, folder, progress)
+    trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.keeper.keep_best_(student)
+    best = trainer.keeper.best_weights
+    if best is not None or trained is not student:
+        put_weights_(student, weights(trained) if best is None else best, "heal")
     if folder and args.should_save:
         folder.finish(student, {"step": trainer.state.global_step, "best_validation_nll": trainer.keeper.best})
     trainer.accelerator.wait_for_everyone()
-    rows = trainer.keeper.log.rows
-    trainer.accelerator.free_memory()
-    return History(rows)
+    return History(trainer.keeper.log.rows)
+
+
+def _to_shard(student):
+    """A copy for FSDP, which replaces parameters and classes for good; factors that embedding and head share stay in one group."""
+    copied = copy.deepcopy(student)
+    if isinstance(student.get_input_embeddings(), FactorizedEmbedding):
+        copied.get_input_embeddings = copied.get_output_embeddings = lambda: None  # accelerate would part them
+    return copied
 
 
 def _split(data):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tnlib.records import write_atomic
@@ -69,13 +70,9 @@ class Folder:
                 _flush(part)
                 part.rename(self.path / f"checkpoint-{step}")
                 self._forget(before=step)
-        except (OSError, RuntimeError) as error:  # torch's writer and safetensors' raise RuntimeErrors of their own
-            shutil.rmtree(part, ignore_errors=True)
-            kept = self.latest()
-            raise OSError(
-                f"heal: checkpoint of step {step} in {self.path} could not be written ({error}); needed room and leave to "
-                f"write. Make room and call again: the run goes on from {f'step {step_of(kept)}' if kept else 'its start'}."
-            ) from error
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError
+            _remove(part)
+            raise self._unwritten(f"checkpoint of step {step}", error) from error
         barrier()
 
     def finish(self, model, facts):
@@ -84,14 +81,22 @@ class Folder:
         try:
             save_weights(model, part)
             part.rename(self.path / "student.safetensors")
-        finally:
-            part.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            _remove(part)
+            raise self._unwritten("the result", error) from error
         write_atomic(self.path / "finished.json", json.dumps(facts) + "\n")
         self._forget()
 
     def load(self, model):
         """Put the result into a model of the same structure."""
         load_weights_(model, self.path / "student.safetensors")
+
+    def _unwritten(self, what, error):
+        kept = self.latest()
+        return OSError(
+            f"heal: {what} in {self.path} could not be written ({error}); needed room and leave to write. "
+            f"Make room and call again: the run goes on from {f'step {step_of(kept)}' if kept else 'its start'}."
+        )
 
     def _forget(self, before=None):
         for path in self.path.glob("checkpoint-*"):
@@ -107,6 +112,11 @@ def step_of(checkpoint):
 
 def weights(model):
     """Parameters, a shared one once, and persistent buffers: contiguous tensors by name; sharded ones are gathered."""
+    for module in model.modules():
+        if hasattr(
+            module, "reshard"
+        ):  # FSDP leaves some parameters whole after a forward, in memory that it frees later
+            module.reshard()
     named = dict(model.named_parameters())
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     named |= {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}

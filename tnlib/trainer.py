@@ -1,22 +1,20 @@
 """One subclass of transformers.Trainer: the losses, groups and schedules of a Heal, exact resume, rows of a history."""
 
-import json
-import time
+import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.utils.data import Dataset, SequentialSampler
-from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 
 from tnlib import losses
-from tnlib.history import Curve, Log, is_interactive
-from tnlib.resume import load_weights_, put_weights_, save_weights, step_of, weights
+from tnlib.keeper import Keeper
+from tnlib.resume import load_weights_, save_weights
 from tnlib.schedule import curriculum_over, included_layers, parameter_groups, rate
 from tnlib.treatment import AFTER_CURRICULUM
 
 HIDDEN = {"hidden", "hidden_cosine", "embedding", "embedding_cosine"}
-STATE = "heal_state.json"
 
 
 class Examples(Dataset):
@@ -54,14 +52,26 @@ class HealTrainer(Trainer):
         self.layers = getattr(student.config, "num_hidden_layers", 0)
         self.context = examples.tensors["input_ids"].shape[1]
         self.teacher = self._place(teacher)
-        self.keeper = _Keeper(self, progress)
+        self.keeper = Keeper(self, progress)
         self.add_callback(self.keeper)
 
+    def create_accelerator_and_postprocess(self):
+        """FSDP on CPU as well: accelerate 1.15 heeds `--use_fsdp` on accelerators only, and would fall back to DDP."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if is_sharded() and state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would load the student twice, factors untied
+
     def _place(self, teacher):
+        """The teacher on its device, in eval mode, under the student's precision; never sharded, never trained."""
         if not isinstance(teacher, torch.nn.Module):
             return teacher
-        teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        return teacher.to(self.args.device).eval()
+        prepared = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.accelerator._models.remove(prepared)  # or accelerate would clip its gradients and save it
+        return prepared.to(self.args.device).eval()
 
     # ---- what is minimized
 
@@ -208,6 +218,7 @@ class HealTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial=None):
         main = self.args.should_save
+        self.keeper.pool()
         with self.folder.checkpoint(self.state.global_step, self.accelerator.wait_for_everyone) as part:
             if main and not self.is_fsdp_enabled:
                 save_weights(self.model, part / "model.safetensors")
@@ -223,106 +234,9 @@ class HealTrainer(Trainer):
         return load_weights_(self.model, Path(resume_from_checkpoint) / "model.safetensors")
 
 
-class _Keeper(TrainerCallback):
-    """Adds up the loss terms, writes rows, evaluates, stops early, asks for checkpoints, shows the progress."""
-
-    def __init__(self, trainer, progress):
-        self.trainer, self.shown = trainer, is_interactive() if progress is None else progress
-        self.names = ["loss", *trainer.heal.weights]
-        self.sums, self.since = torch.zeros(len(self.names)), 0
-        self.seconds, self.best, self.worse, self.best_weights = 0.0, None, 0, None
-
-    def add(self, total, terms):
-        """One micro-batch's total and terms; a term that is not active yet adds nothing."""
-        zero = total.new_zeros(())
-        new = torch.stack([total.detach(), *(terms.get(name, zero).detach() for name in self.names[1:])]).float()
-        self.sums = self.sums.to(new.device) + new
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer, main = self.trainer, args.should_save
-        checkpoint = trainer.folder and trainer.folder.latest()
-        if checkpoint and step_of(checkpoint) == state.global_step:
-            self._restore(checkpoint)
-        self.log = Log(trainer.folder.history if trainer.folder and main else None, state.global_step)
-        self.curve = Curve(self.log, self.shown if main else False)
-        self.bar = tqdm(
-            desc="heal", total=state.max_steps, initial=state.global_step, disable=not (self.shown and main)
-        )
-        self.began = time.perf_counter() - self.seconds
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer, budget, step = self.trainer, self.trainer.budget, state.global_step
-        self.since += 1
-        last = step >= state.max_steps
-        due = trainer.validation is not None and budget.eval_every and (step % budget.eval_every == 0 or last)
-        nll = trainer.validation_nll() if due else None
-        if due and budget.patience:
-            control.should_training_stop |= self._stop(nll)
-        if due or last or step % budget.every == 0:
-            self._row(state, nll)
-        self.bar.update()
-        self.curve.draw(last)
-        over = last or control.should_training_stop
-        control.should_save = bool(trainer.folder and budget.save_every and step % budget.save_every == 0 and not over)
-
-    def _row(self, state, nll):
-        trainer = self.trainer
-        sums = trainer.accelerator.reduce(self.sums, "sum") if trainer.args.world_size > 1 else self.sums
-        values = dict(zip(self.names, (sums / self.since).tolist()))
-        tokens = state.global_step * trainer.budget.batch * trainer.budget.accumulate * trainer.context
-        row = {"step": state.global_step, "tokens": tokens, **values, "learning_rate": self._rate(state.global_step)}
-        row |= {"seconds": round(time.perf_counter() - self.began, 3), "validation_nll": nll}
-        self.log.add(row)
-        trainer.log({name: value for name, value in row.items() if value is not None and name != "step"})
-        self.bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
-        self.sums, self.since = torch.zeros_like(self.sums), 0
-        if not torch.isfinite(sums).all():
-            bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-            raise FloatingPointError(
-                f"heal: {', '.join(bad)} not finite by step {state.global_step}; needed finite losses. Lower the learning rate "
-                "or the clip, use precision='fp32', or start from a better initialization."
-            )
-
-    def _rate(self, step):
-        heal = self.trainer.heal
-        return heal.learning_rate * rate(heal, step - 1, self.trainer.budget.steps, self.trainer.layers)
-
-    def _stop(self, nll):
-        """Whether patience is at its end; keeps the best weights in memory."""
-        if self.best is None or nll < self.best:
-            self.best, self.worse = nll, 0
-            self.best_weights = {name: tensor.cpu().clone() for name, tensor in weights(self.trainer.model).items()}
-        else:
-            self.worse += 1
-        return self.worse >= self.trainer.budget.patience
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-        self.curve.draw(last=True)
-
-    def save(self, part):
-        """What a checkpoint holds besides torch's files: sums since the last row, seconds, the best weights."""
-        state = {"sums": self.sums.tolist(), "since": self.since, "best": self.best, "worse": self.worse}
-        state["seconds"] = time.perf_counter() - self.began
-        (part / STATE).write_text(json.dumps(state), encoding="utf-8")
-        if self.best_weights is not None:
-            from safetensors.torch import save_file
-
-            save_file(self.best_weights, part / "best.safetensors")
-
-    def _restore(self, checkpoint):
-        state = json.loads((checkpoint / STATE).read_text("utf-8"))
-        self.sums, self.since = torch.tensor(state["sums"]), state["since"]
-        self.best, self.worse, self.seconds = state["best"], state["worse"], state["seconds"]
-        if (checkpoint / "best.safetensors").exists():
-            from safetensors.torch import load_file
-
-            self.best_weights = load_file(checkpoint / "best.safetensors")
-
-    def keep_best_(self, model):
-        """Put the best weights into the model, if patience watched over it."""
-        if self.best_weights is not None:
-            put_weights_(model, self.best_weights, "best weights")
+def is_sharded():
+    """Whether `accelerate launch` asked for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
 
 
 def _stack(items):
