@@ -9,14 +9,14 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "moments"],
     ["spectrum", "figures", "assets", "evaluate"],
     ["form", "data"],
     ["low_rank", "kronecker", "tensor_train"],
-    ["tt_matrix"],
+    ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
-    ["papers", "plan", "explore"],
-    ["surgery"],
+    ["papers", "plan", "explore", "layer_fit"],
+    ["surgery", "local"],
     ["presets", "report"],
     ["job"],
     ["execute", "progress"],
