@@ -20,10 +20,17 @@ _PUBLIC = {
     "plan": ["plan", "report"],
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
+<<<<<<< HEAD
     "heal": ["heal"],
     "history": ["History"],
     "stages": ["compress_and_heal"],
     "teacher": ["PrecomputedTeacher", "precompute_teacher"],
+=======
+    "moments": ["Moments", "second_moments"],
+    "weighted": ["Metric", "fit_weighted"],
+    "layer_fit": ["LayerFit", "fit_metric"],
+    "local": ["fit_layers_"],
+>>>>>>> local
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],
     "evaluate": ["flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],

@@ -1,0 +1,164 @@
+"""One layer fitted to its own inputs: what is minimized, what is measured before and after, and what becomes of the bias."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from tnlib.form import measured_error
+from tnlib.layers import SplitLinear
+from tnlib.shapes import ShapeError, weight_of
+from tnlib.weighted import Metric, fit_weighted
+
+NEGLIGIBLE = 1e-7  # relative error below which a layer is exact already and is left alone
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """What a fit did to one layer. Errors are relative: |x (W - W').T| / |x W.T| over all tokens, a bias counted in what is missed."""
+
+    module: str
+    form: str
+    method: str  # "closed form", "alternating", "gradient"; "kept" where nothing better than the start was found
+    tokens: int  # of the calibration text
+    before: float  # on the calibration text
+    after: float
+    held_before: float | None  # on the held-out text
+    held_after: float | None
+    frobenius_before: float  # |W - W'| / |W|
+    frobenius_after: float
+    seconds: float  # of the fit alone, on one thread; moments not counted
+
+
+@dataclass(frozen=True)
+class Job:
+    """One factorized layer, or several that share factors, and the dense layer that it stands for."""
+
+    name: str
+    names: tuple  # modules whose inputs count
+    layer: nn.Module
+    dense: nn.Module
+
+    @property
+    def parts(self):
+        """The layers that hold factors: bands of a SplitLinear, else the layer itself."""
+        return list(self.layer.parts) if isinstance(self.layer, SplitLinear) else [self.layer]
+
+    @property
+    def biased(self):
+        """A bias is fitted along where it is this layer's alone."""
+        return len(self.names) == 1 and getattr(self.dense, "bias", None) is not None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a fit: factors of each part, the bias (out,) or None where it stays."""
+
+    factors: list
+    bias: torch.Tensor | None
+    row: LayerFit
+
+
+def fit_job(job, seen, held, steps, learning_rate, shrink):
+    """Fit one layer to the moments `seen` of its inputs, measure it on those and on `held` (may be empty); nothing is written.
+
+    seen, held: {module name: Moments or None}
+    Returns: Found; its start where that is exact already or no better point was found
+    """
+    began, weight = time.perf_counter(), weight_of(job.dense).detach().double()
+    moments = _present(job, seen)
+    start = [{name: factor.detach() for name, factor in part.factors.items()} for part in job.parts]
+    factors, bias, method = start, None, "kept"
+    before = [_missed(job, weight, start, None, some) for some in (moments, _present(job, held) if held else None)]
+    if before[0] > NEGLIGIBLE:
+        factors, method = _fitted(job, weight, start, fit_metric(moments, shrink, job.biased), steps, learning_rate)
+        bias = _best_bias(job, weight, factors, moments[0]) if job.biased else None
+    after = [_missed(job, weight, factors, bias, some) for some in (moments, _present(job, held) if held else None)]
+    if not after[0] < before[0]:
+        factors, bias, method, after = start, None, "kept", before
+    errors = [*(value for pair in zip(before, after) for value in pair)]
+    errors += [float(measured_error(weight, _rebuilt(job, some))) for some in (start, factors)]
+    form, tokens = str(job.parts[0].form), moments[0].tokens
+    row = LayerFit(", ".join(job.names), form, method, tokens, *errors, time.perf_counter() - began)
+    return Found(factors, bias, row)
+
+
+def fit_metric(moments, shrink=1.0, centered=False):
+    """The metric of one weight from the moments of all its uses, with noise added in proportion to how little text there was.
+
+    moments: list of Moments; centered: take the mean out, for a weight whose bias is fitted too
+    shrink: white noise worth shrink * in tokens, at the power of the median channel; look-ups: shrink times as many again, random
+    Exact: with shrink = 0 the metric is the text's own second moment, but for 1e-6 of its mean power.
+    """
+    rows = [m.counts for m in moments if m.counts is not None]
+    inputs = [m for m in moments if m.second is not None]
+    second = counts = None
+    if rows:
+        counts = sum(rows) + max(shrink, 1e-3) * float(sum(rows).mean())  # (rows,)
+    if inputs:
+        tokens = sum(m.tokens for m in inputs)
+        second = sum(m.tokens / tokens * (m.covariance() if centered else m.second) for m in inputs)  # (in, in)
+        power = second.diagonal()
+        level = shrink * len(second) / tokens * float(power.median()) + 1e-6 * float(power.mean())
+        second = second + (level or 1.0) * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    return Metric(second, counts)
+
+
+def _present(job, moments):
+    """Moments of the modules that the text reached."""
+    found = [moments[name] for name in job.names if moments[name] is not None]
+    if not found:
+        raise ShapeError(
+            f"fit_layers_, module {job.name}: the text reached none of {', '.join(job.names)}; needed at least one token. Leave the "
+            "module out of the recipe, or give more text."
+        )
+    return found
+
+
+def _fitted(job, weight, start, metric, steps, learning_rate):
+    """Each part fitted to its band of the weight: (factors in the parameters' dtype, method)."""
+    dtype = next(iter(start[0].values())).dtype
+    work = dtype if dtype == torch.float64 else torch.float32
+    metric, found, method = metric.to(work), [], ""
+    first = 0
+    for part, factors in zip(job.parts, start):
+        rows = slice(first, first + part.shape[0])
+        own = Metric(metric.second, None if metric.rows is None else metric.rows[rows])
+        fitted, method = fit_weighted(part.form, factors, weight[rows].to(work), own, steps, learning_rate)
+        found.append({name: factor.to(dtype) for name, factor in fitted.items()})
+        first += part.shape[0]
+    return found, method
+
+
+def _rebuilt(job, factors):
+    """The (out, in) weight that factors stand for, float64."""
+    wide = [{name: factor.double() for name, factor in some.items()} for some in factors]
+    return torch.cat([part.form.to_dense(some, part.shape) for part, some in zip(job.parts, wide)])
+
+
+def _missed(job, weight, factors, bias, moments):
+    """Relative error on the outputs, root mean square over the uses of a tied table; None without moments."""
+    if moments is None:
+        return None
+    difference, squares = weight - _rebuilt(job, factors), []
+    gap = job.dense.bias.detach().double() - _own_bias(job, bias) if job.biased else None  # (out,)
+    for use in moments:
+        metric = Metric(use.second, use.counts)
+        square = metric.error(difference, weight) ** 2
+        if gap is not None:
+            total = float((weight * metric.times(weight)).sum())
+            square += float(gap @ (2 * difference @ use.mean + gap)) / max(total, 1e-300)
+        squares.append(max(0.0, square))
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def _own_bias(job, bias):
+    return (job.layer.bias.detach() if bias is None else bias).double()
+
+
+def _best_bias(job, weight, factors, moments):
+    """The bias that makes the mean output right: b + (W - W') mean (out,), in the parameter's dtype."""
+    best = job.dense.bias.detach().double() + (weight - _rebuilt(job, factors)) @ moments.mean
+    return best.to(job.layer.bias.dtype)

@@ -1,0 +1,217 @@
+"""Local distillation: each factorized layer is fitted to its dense layer's outputs on the teacher's own activations.
+
+No loss runs through the whole network. One forward pass of the teacher over a text collects the second moments of every
+layer's inputs (moments.py); after that each layer is a small problem of its own (weighted.py), solved one layer a thread.
+"""
+
+import hashlib
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from tnlib.form import measured_error
+from tnlib.layer_fit import Found, Job, LayerFit, fit_job
+from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
+from tnlib.moments import second_moments
+from tnlib.records import write_atomic
+from tnlib.shapes import ShapeError, check_weight, weight_of
+
+KINDS = (FactorizedLinear, FactorizedEmbedding, SplitLinear)
+
+
+def fit_layers_(
+    student,
+    teacher,
+    windows,
+    *,
+    held_out=None,
+    steps=40,
+    learning_rate=0.1,
+    shrink=1.0,
+    batch=4,
+    memory_gb=4.0,
+    progress=None,
+    out=None,
+):
+    """Fit every factorized layer of `student` to the outputs of its dense layer in `teacher`, in place.
+
+    windows: (windows, context) int64, the calibration text; held_out: windows that are only measured on
+    steps: most alternations, or gradient steps, a layer; learning_rate: of gradient steps, in units of a factor's size
+    shrink: s adds white noise worth s * in tokens to the second moment, at the power of the median channel. 0 trusts the
+        text alone; large values lead back to the plain Frobenius fit. With fewer tokens than inputs, 0 overfits badly
+    batch: windows a forward pass; memory_gb: of second moments held at once; more layers than that take further passes
+    progress: a bar over layers (default: only on a terminal)
+    out: a folder in which each fitted layer is saved; a killed run that is started again goes on from there
+    Returns: list of LayerFit, in the model's order. A bias is fitted along. Tied layers (embedding and head) are fitted
+        once, to all their uses; an embedding's rows weigh as often as the text has them
+    Raises: ShapeError when teacher and student do not fit; ValueError on NaN or infinite activations, on a student that
+        shares parameters with its teacher, and on a folder of another run
+    An error or an interruption leaves the student as it was; the teacher is never written to.
+    Source: layer-wise distillation, 2605.19842; low rank as SVD-LLM (2403.07378), Kronecker as ProcrustesGPT (2506.02818).
+    Exact: `after` is never above `before`; for LowRank without shrinkage it is the error of the whitened, truncated SVD.
+    """
+    jobs = _jobs(student, teacher)
+    settings = {"steps": steps, "learning_rate": learning_rate, "shrink": shrink}
+    store = None if out is None else _Store(Path(out), teacher, windows, held_out, settings)
+    done = {job.name: found for job in jobs if store and (found := store.load(job))}
+    hide = not (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(total=len(jobs), initial=len(done), desc="fit layers", disable=hide) as bar:
+        limit = memory_gb * 1e9 / (1 if held_out is None else 2)
+        for group in _groups([job for job in jobs if job.name not in done], limit):
+            names = [name for job in group for name in job.names]
+            seen = second_moments(teacher, windows, names, batch, missing=True)
+            held = {} if held_out is None else second_moments(teacher, held_out, names, batch, missing=True)
+            for job, found in _in_threads(group, partial(fit_job, seen=seen, held=held, **settings)):
+                done[job.name] = found
+                if store:
+                    store.save(job, found)
+                bar.update()
+    for job in jobs:
+        _write(student, job, done[job.name])
+    return [done[job.name].row for job in jobs]
+
+
+def _jobs(student, teacher):
+    """Every factorized layer with its dense counterpart; all checks are made here, before any work."""
+    layers = {n: m for n, m in student.named_modules() if isinstance(m, KINDS) and ".parts." not in f".{n}"}
+    if not layers:
+        raise ShapeError(
+            "fit_layers_: the student has no factorized layer; needed at least one. Call factorize_ first."
+        )
+    own = {id(p) for p in student.parameters()}
+    if shared := [name for name, p in teacher.named_parameters() if id(p) in own]:
+        raise ValueError(
+            f"fit_layers_: student and teacher share {len(shared)} parameters, {shared[0]} among them; needed a teacher of its "
+            "own, since the student is changed in place. Make the student with copy.deepcopy(teacher), then factorize_ it."
+        )
+    jobs = {}
+    for name, layer in layers.items():
+        dense, first = _dense(teacher, name, layer), id(next(layer.parameters()))
+        tied = jobs.get(first, Job(name, (), layer, dense))
+        jobs[first] = Job(tied.name, (*tied.names, name), tied.layer, tied.dense)
+    return list(jobs.values())
+
+
+def _dense(teacher, name, layer):
+    """The teacher's dense layer of that name and shape, with finite weights."""
+    try:
+        dense = teacher.get_submodule(name)
+        shape = tuple(weight_of(dense).shape)
+    except (AttributeError, ShapeError):
+        shape = "no dense layer"
+    if shape != layer.shape:
+        raise ShapeError(
+            f"fit_layers_, module {name}: the teacher has {shape} there and the student {layer.shape} (out, in); needed the "
+            "dense model that the student was made from. Load it again."
+        )
+    check_weight(weight_of(dense), f"fit_layers_, module {name} of the teacher")
+    return dense
+
+
+def _groups(jobs, limit):
+    """Consecutive jobs whose second moments take at most `limit` bytes together; a single one may take more."""
+    group, size = [], 0
+    for job in jobs:
+        needed = 8 * job.layer.shape[1] ** 2
+        if group and size + needed > limit:
+            yield group
+            group, size = [], 0
+        group.append(job)
+        size += needed
+    if group:
+        yield group
+
+
+def _in_threads(jobs, work):
+    """(job, work(job)) in order, one job a thread."""
+    threads = torch.get_num_threads()
+    at_once = 1 if any(next(job.layer.parameters()).is_cuda for job in jobs) else threads
+    pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,))
+    try:
+        yield from zip(jobs, pool.map(work, jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # a thread's setting is also what new threads start with
+
+
+def _write(student, job, found):
+    """Put the factors into the layer that holds them, and the new errors into all that share them."""
+    first = 0
+    for part, factors in zip(job.parts, found.factors):
+        rows = slice(first, first + part.shape[0])
+        part.load_factors(factors, measured_error(weight_of(job.dense)[rows].detach(), _dense_of(part, factors)))
+        if found.bias is not None:
+            with torch.no_grad():
+                part.bias.copy_(found.bias[rows])
+        first += part.shape[0]
+    for name in job.names:
+        student.get_submodule(name).error = found.row.frobenius_after
+
+
+def _dense_of(part, factors):
+    return part.form.to_dense(factors, part.shape)
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Fitted layers as safetensors files, one a layer, each with the fingerprint of all that it came from."""
+
+    folder: Path
+    teacher: torch.nn.Module
+    windows: torch.Tensor
+    held_out: torch.Tensor | None
+    settings: dict
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        texts = [text for text in (self.windows, self.held_out) if text is not None]
+        object.__setattr__(self, "text", _digest([*self.teacher.state_dict().values(), *texts], self.settings))
+
+    def load(self, job):
+        """The Found of an earlier run, None where there is none. Raises: ValueError for another run's."""
+        from safetensors import safe_open
+
+        path = self.folder / f"{job.name}.safetensors"
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            kept, names = file.metadata(), file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+        if kept.get("fingerprint") != self._fingerprint(job):
+            raise ValueError(
+                f"fit_layers_: {path} is of another run: teacher, student, text or settings differ; needed the same ones to go "
+                "on with it. Give out= another folder, or delete this one."
+            )
+        device = next(job.layer.parameters()).device
+        parts = [{name: tensors[f"{k}.{name}"].to(device) for name in part.factors} for k, part in enumerate(job.parts)]
+        bias = tensors["bias"].to(device) if "bias" in tensors else None
+        return Found(parts, bias, LayerFit(**json.loads(kept["row"])))
+
+    def save(self, job, found):
+        from safetensors.torch import save
+
+        tensors = {f"{k}.{n}": f.cpu().contiguous() for k, part in enumerate(found.factors) for n, f in part.items()}
+        if found.bias is not None:
+            tensors["bias"] = found.bias.cpu()
+        row = {"fingerprint": self._fingerprint(job), "row": json.dumps(asdict(found.row))}
+        write_atomic(self.folder / f"{job.name}.safetensors", save(tensors, metadata=row))
+
+    def _fingerprint(self, job):
+        forms = [str(part.form) for part in job.parts]
+        return _digest([f for part in job.parts for f in part.factors.values()], [self.text, job.names, forms])
+
+
+def _digest(tensors, facts):
+    """Fingerprint of tensors, bit for bit, and of plain facts."""
+    total = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        total.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return total.hexdigest()

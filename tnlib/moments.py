@@ -1,0 +1,147 @@
+"""Second moments of what enters a model's matrices: all that a fit to activations needs to know of a text.
+
+For a matrix W and its inputs x, the mean squared error of a replacement W' is tr((W - W') C (W - W').T) with
+C = mean of x x.T, an (in, in) matrix. One pass over the text gives C; the fit then sees no token again.
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+KEEP = 8  # inputs of one forward pass that are remembered to find matrices that share one: q, k and v; gate and up
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and second moment of a matrix's inputs; for an embedding how often each row was looked up."""
+
+    tokens: int
+    mean: torch.Tensor | None = None  # (in,), float64
+    second: torch.Tensor | None = None  # (in, in), float64: mean of x x.T
+    counts: torch.Tensor | None = None  # (rows,), float64, embeddings only
+
+    def covariance(self):
+        """second - mean mean.T (in, in): what is left to a matrix whose bias takes the mean."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def second_moments(model, windows, names, batch=4, missing=False):
+    """Second moments of the inputs of modules `names` over a text, in one pass.
+
+    model: in any mode; it runs in eval mode without gradients and is left as it was
+    windows: (windows, context) int64, as from token_windows
+    names: names of nn.Linear, Conv1D or nn.Embedding modules; memory is 8 * in * in bytes for each distinct input
+    batch: windows a forward pass. Each pass's products are taken in its own precision, at least float32, and summed in float64
+    missing: give None for a module that the text never reaches, instead of an error
+    Returns: {name: Moments}; modules that read the same tensor (q, k and v) share one Moments, computed once
+    Raises: ValueError, naming the module, for inputs that are NaN or infinite and for a module that the text never reaches
+    Exact: second equals X.T @ X / tokens for the matrix X (tokens, in) of all inputs.
+    """
+    names = list(names)
+    if not names or not len(windows):
+        raise ValueError(
+            f"second_moments: got {len(names)} names and windows {tuple(windows.shape)}; needed at least one of each. "
+            "Name modules as in model.named_modules(), and give token_windows of a longer text."
+        )
+    sums = {name: _Sums(name) for name in names}
+    groups, run = {}, _runner(model, names)
+    device = next(model.parameters()).device
+    with ExitStack() as hooks, _quiet(model):
+        recent = []
+        for name in names:
+            hook = _hook(sums, name, groups, recent)
+            handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            hooks.callback(handle.remove)
+        for ids in windows.split(batch):
+            recent.clear()
+            run(ids.to(device))
+        recent.clear()
+    found = {name: sums[name].moments(missing) for name in names if groups.get(name, name) == name}
+    return {name: found[groups.get(name, name)] for name in names}
+
+
+class _Sums:
+    """Running sums over one module's inputs."""
+
+    def __init__(self, name):
+        self.name, self.tokens, self.first, self.second, self.counts = name, 0, None, None, None
+
+    def add(self, x):
+        """x (…, in) of a matrix."""
+        x = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        x = x if x.dtype == torch.float64 else x.float()
+        product = x.T @ x  # (in, in)
+        if not bool(product.diagonal().sum().isfinite()):  # a NaN or an infinity anywhere in x ends up here
+            raise ValueError(
+                f"second_moments: the inputs of module {self.name} hold {int((~x.isfinite()).sum())} NaN or infinite entries "
+                f"among {x.numel()}, or their squares overflow; needed finite activations. Look at the layers before it, or run the "
+                "teacher in float32."
+            )
+        if self.second is None:
+            self.second = torch.zeros_like(product, dtype=torch.float64)
+            self.first = torch.zeros_like(product[0], dtype=torch.float64)
+        self.second += product
+        self.first += x.sum(0)
+        self.tokens += len(x)
+
+    def count(self, ids, rows):
+        """ids (…) looked up in an embedding of `rows` rows."""
+        found = torch.bincount(ids.reshape(-1), minlength=rows).double()  # (rows,)
+        self.counts = found if self.counts is None else self.counts + found
+        self.tokens += ids.numel()
+
+    def moments(self, missing=False):
+        if not self.tokens and missing:
+            return None
+        if not self.tokens:
+            raise ValueError(
+                f"second_moments: module {self.name} saw no input in the whole text; needed at least one token. It is not part of "
+                "this model's forward pass, or a router never chose it: leave it out, or give more text."
+            )
+        if self.counts is not None:
+            return Moments(self.tokens, counts=self.counts)
+        return Moments(self.tokens, self.first / self.tokens, self.second / self.tokens)
+
+
+def _hook(sums, name, groups, recent):
+    """Add a module's input to its own sums, or find in the first pass that another module adds the same tensor."""
+
+    def hook(module, args, kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        leader = next((other for tensor, other in recent if tensor is x), None)
+        if groups.setdefault(name, leader or name) != (leader or name):
+            raise ValueError(
+                f"second_moments: module {name} read {groups[name]}'s input in one pass and {leader or 'its own'} in another; "
+                "needed the same in all. Ask for it in a call of its own."
+            )
+        if leader is None:
+            recent.append((x, name))
+            del recent[:-KEEP]
+            sums[name].count(x, module.num_embeddings) if isinstance(module, nn.Embedding) else sums[name].add(x)
+
+    return hook
+
+
+def _runner(model, names):
+    """What to call with ids: the model without its head where the head is not asked for."""
+    base, prefix = getattr(model, "base_model", model), getattr(model, "base_model_prefix", "")
+    inside = base is not model and all(name.startswith(f"{prefix}.") for name in names)
+    called = base if inside else model
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return lambda ids: called(input_ids=ids, decoder_input_ids=ids)
+    return called
+
+
+@contextmanager
+def _quiet(model):
+    """Eval mode without gradients; afterwards each submodule is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
