@@ -17,48 +17,6 @@ from tnlib.shapes import ShapeError, check_weight
 from tnlib.spectrum import truncate
 
 
-class KroneckerFit(NamedTuple):
-    """Result of `nearest_kronecker`."""
-
-    left: torch.Tensor  # (…, terms, l0, l1)
-    right: torch.Tensor  # (…, terms, r0, r1)
-    error: torch.Tensor  # (…,) relative Frobenius error, float64
-
-
-def rearrange(weight, left, right):
-    """Van Loan's reordering R: (…, l0*r0, l1*r1) -> (…, l0*l1, r0*r1), one block of the weight a row.
-
-    Exact: rearrange(torch.kron(A, B), A.shape, B.shape) is the outer product of A.ravel() and B.ravel().
-    Source: Van Loan & Pitsianis 1993, section 2 (blocks in row-major order).
-    """
-    (l0, l1), (r0, r1) = left, right
-    blocks = weight.unflatten(-1, (l1, r1)).unflatten(-3, (l0, r0))  # (…, l0, r0, l1, r1)
-    return blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2)  # (…, l0*l1, r0*r1)
-
-
-def nearest_kronecker(weight, left, right, terms=1):
-    """Sum of `terms` Kronecker products closest to `weight` in Frobenius norm.
-
-    weight: (…, out, in) = (…, l0*r0, l1*r1), float; leading axes are a batch of weights
-    left, right: (l0, l1), (r0, r1)
-    terms: at least 1; above min(l0*l1, r0*r1) the actual number is that minimum
-    Returns: KroneckerFit(left, right, error); sum_k kron(left[k], right[k]) ~ weight
-    Raises: ShapeError if the sizes do not multiply to the weight's, on NaN or infinite weights and on terms < 1
-    Source: Van Loan & Pitsianis 1993. Exact when terms = min(l0*l1, r0*r1).
-    """
-    positive("nearest_kronecker", left=tuple(left), right=tuple(right), terms=terms)
-    check_weight(weight, "nearest_kronecker")
-    shape = tuple(weight.shape[-2:])
-    if (left[0] * right[0], left[1] * right[1]) != shape:
-        raise ShapeError(
-            f"nearest_kronecker: left {tuple(left)} times right {tuple(right)} is "
-            f"{(left[0] * right[0], left[1] * right[1])}; needed weight {shape} (out, in). Choose factors whose sizes multiply to it."
-        )
-    cut = truncate(rearrange(weight, left, right), terms)
-    a, b = cut.balanced()  # (…, l0*l1, terms), (…, terms, r0*r1)
-    return KroneckerFit(a.mT.unflatten(-1, left), b.unflatten(-1, right), relative(cut.discarded, cut.total))
-
-
 def norm_preserving_scale(weight, approximation):
     """alpha = ||weight|| / ||approximation|| over the last two axes: (…,).
 
@@ -174,7 +132,7 @@ class Kronecker(Form):
         factors = {"left": a, "right": b}
         alpha = 1.0
         if init == "norm":
-            alpha = norm_preserving_scale(weight, _sum_of_products(a, b))[..., None].to(a.dtype)  # (…, 1)
+            alpha = norm_preserving_scale(weight, sum_of_products(a, b))[..., None].to(a.dtype)  # (…, 1)
         if self.scaled:
             factors["scale"] = alpha * torch.ones(a.shape[:-2], dtype=a.dtype, device=a.device)  # (…, terms)
         elif init == "norm":
@@ -185,7 +143,7 @@ class Kronecker(Form):
 
     def to_dense(self, factors, shape):
         """The weight (…, out, in) that the factors stand for, by one GEMM over the terms."""
-        return _sum_of_products(self._scaled_left(factors), factors["right"])
+        return sum_of_products(self._scaled_left(factors), factors["right"])
 
     def _scaled_left(self, factors):
         left = factors["left"]
@@ -230,13 +188,6 @@ class Kronecker(Form):
         outer, inner = ids // self.right[0], ids % self.right[0]
         a, b = a[:, outer].movedim(0, -1), b[:, inner].movedim(0, -2)  # (tokens, l1, k), (tokens, k, r1)
         return (a @ b).reshape(-1, shape[1])  # (tokens, in)
-
-
-def _sum_of_products(left, right):
-    """sum_k kron(left[k], right[k]): (…, k, l0, l1), (…, k, r0, r1) -> (…, l0*r0, l1*r1)."""
-    (l0, l1), (r0, r1) = left.shape[-2:], right.shape[-2:]
-    rows = left.flatten(-2).mT @ right.flatten(-2)  # (…, l0*l1, r0*r1): the rearranged weight
-    return rows.unflatten(-1, (r0, r1)).unflatten(-3, (l0, l1)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
 
 def _divisors(size):
