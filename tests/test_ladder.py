@@ -10,13 +10,16 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost"],
-    ["spectrum", "figures", "assets", "evaluate"],
+    ["spectrum", "figures", "assets", "evaluate", "assign"],
     ["form", "data"],
+    ["van_loan"],
+    ["arrange"],
+    ["permute"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore"],
-    ["surgery"],
+    ["surgery", "hidden"],
     ["presets", "report"],
     ["job"],
     ["execute", "progress"],

@@ -70,37 +70,41 @@ def regroup(views):
     Needs fitted views that agree in (l0, r0). Exact: the sum of ||blocks @ basis||^2 does not fall.
     """
     place = views[0].rows.reshape(views[0].left[0], views[0].right[0]).clone()  # (groups, slots)
-    total = sum(_part(views, place[:, slot], slot) for slot in range(place.shape[1]))  # (groups, features)
-    for slot in range(place.shape[1]):
-        own = _part(views, place[:, slot], slot)
+    part = _Parts(views)
+    parts = [part(place[:, slot], slot) for slot in range(place.shape[1])]
+    total = sum(parts)  # (groups, features)
+    for slot, own in enumerate(parts):
         rest = total - own
         order = assign(rest @ own.T)  # (groups,)
-        place[:, slot] = place[order, slot]
-        total = rest + own[order]
+        place[:, slot], parts[slot] = place[order, slot], own[order]
+        total = rest + parts[slot]
     if place.shape[1] <= SWAPPED:
         for one, other in itertools.combinations(range(place.shape[1]), 2):
-            total = _swap(views, place, total, one, other)
+            total = _swap(part, parts, place, total, one, other)
     return place.flatten()
 
 
-def _part(views, rows, slot):
-    """What `rows` (groups,) in a slot add to the left factors of every view: (groups, sum of l1*terms)."""
-    parts = []
-    for view in views:
-        right = view.basis.unflatten(0, view.right)[slot]  # (r1, terms)
-        split = view.weight[rows][:, view.columns].unflatten(1, (view.left[1], view.right[1]))  # (groups, l1, r1)
-        parts.append((split @ right).flatten(1))
-    return torch.cat(parts, 1)
+class _Parts:
+    """What rows (groups,) in a slot add to the left factors of every view: (groups, sum of l1*terms)."""
+
+    def __init__(self, views):
+        self.split = [v.weight[:, v.columns].unflatten(1, (v.left[1], v.right[1])) for v in views]  # (out, l1, r1)
+        self.right = [v.basis.unflatten(0, v.right) for v in views]  # (r0, r1, terms)
+
+    def __call__(self, rows, slot):
+        return torch.cat([(x[rows] @ b[slot]).flatten(1) for x, b in zip(self.split, self.right)], 1)
 
 
-def _swap(views, place, total, one, other):
-    """Exchange two slots inside every group that gains by it, in `place`; returns the new total."""
+def _swap(part, parts, place, total, one, other):
+    """Exchange two slots inside every group that gains by it, in `place` and `parts`; returns the new total."""
     a, b = place[:, one].clone(), place[:, other].clone()
-    change = _part(views, b, one) + _part(views, a, other) - _part(views, a, one) - _part(views, b, other)
-    gain = (change * (2 * total + change)).sum(1)  # (groups,): ||total + change||^2 - ||total||^2
+    new_one, new_other = part(b, one), part(a, other)
+    change = new_one + new_other - parts[one] - parts[other]
+    gain = (change * (2 * total + change)).sum(1, keepdim=True)  # (groups, 1): ||total + change||^2 - ||total||^2
     better = gain > 1e-6 * total.square().sum(1).mean()
-    place[:, one], place[:, other] = torch.where(better, b, a), torch.where(better, a, b)
-    return total + change * better[:, None]
+    place[:, one], place[:, other] = torch.where(better[:, 0], b, a), torch.where(better[:, 0], a, b)
+    parts[one], parts[other] = torch.where(better, new_one, parts[one]), torch.where(better, new_other, parts[other])
+    return total + change * better
 
 
 def sorted_orders(weight, left, right, functions=4):

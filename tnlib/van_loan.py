@@ -12,7 +12,7 @@ from tnlib.shapes import ShapeError, check_weight
 from tnlib.spectrum import truncate
 
 GRAM_LIMIT = 512  # block size up to which `right_basis` takes the Gram's eigenvectors: 512^3 float64 takes about 30 ms
-ITERATIONS = 60
+COLD, WARM = 24, 6  # most iterations above it, from random vectors and from the last basis
 
 
 class KroneckerFit(NamedTuple):
@@ -88,14 +88,15 @@ def right_basis(blocks, terms, start=None):
         kept = float(squares[-terms:].clamp_min(0).sum())
         return basis[:, -terms:].to(blocks.dtype), (kept / max(total, 1e-300)) ** 0.5
     generator = torch.Generator().manual_seed(0)
-    spare = torch.randn(width, terms + 7, generator=generator).to(blocks)  # (width, terms + 7)
-    block = spare if start is None else torch.cat([start, spare[:, terms:]], 1)
-    found = 0.0
-    for _ in range(ITERATIONS):
-        block = torch.linalg.qr(blocks.T @ (blocks @ block)).Q  # (width, terms + 7)
-        turned, values, _ = torch.linalg.svd(block.T @ (blocks.T @ (blocks @ block)))
-        block, now = block @ turned, float(values[:terms].sum())
-        if now - found <= 1e-5 * now:
+    block = torch.randn(width, terms + 7, generator=generator).to(blocks)  # (width, terms + 7)
+    if start is not None:
+        block[:, :terms] = start
+    block, found = torch.linalg.qr(block).Q, 0.0
+    for _ in range(COLD if start is None else WARM):
+        image = blocks @ block  # (l0*l1, terms + 7)
+        squares, turn = torch.linalg.eigh(image.T @ image)  # ascending
+        best, now = block @ turn[:, -terms:], float(squares[-terms:].sum())
+        if now - found <= 1e-4 * now:
             break
-        found = now
-    return block[:, :terms], (now / max(total, 1e-300)) ** 0.5
+        block, found = torch.linalg.qr(blocks.T @ image @ turn.flip(1)).Q, now
+    return best, (now / max(total, 1e-300)) ** 0.5
