@@ -38,8 +38,10 @@ def test_exact_at_full_rank_in_float64(loose, weight):
 
 def test_predicted_size_equals_the_factors(form, weight):
     factors, _ = form.decompose(weight)
+    orders = {name: factors.pop(name) for name in form.index_shapes(SHAPE)}
     assert {name: tuple(f.shape) for name, f in factors.items()} == form.factor_shapes(SHAPE)
     assert sum(f.numel() for f in factors.values()) == form.num_params(SHAPE)
+    assert {name: tuple(o.shape) for name, o in orders.items()} == form.index_shapes(SHAPE)
     assert form.share(SHAPE) == form.num_params(SHAPE) / math.prod(SHAPE)
 
 

@@ -10,6 +10,7 @@ _PUBLIC = {
     "shapes": ["ShapeError", "balanced_modes", "fold", "unfold", "weight_of"],
     "low_rank": ["LowRank", "low_rank", "low_rank_errors"],
     "kronecker": ["Kronecker", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"],
+    "permute": ["permutation_gain", "permute_kronecker"],
     "tensor_train": ["TensorTrain", "tt_svd"],
     "tt_matrix": ["MPO", "TTMatrix", "ttm_svd"],
     "layers": ["FactorizedEmbedding", "FactorizedLinear", "SplitLinear"],
@@ -21,6 +22,7 @@ _PUBLIC = {
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
 <<<<<<< HEAD
+<<<<<<< HEAD
     "heal": ["heal"],
     "history": ["History"],
     "stages": ["compress_and_heal"],
@@ -31,6 +33,9 @@ _PUBLIC = {
     "layer_fit": ["LayerFit", "fit_metric"],
     "local": ["fit_layers_"],
 >>>>>>> local
+=======
+    "hidden": ["hidden_orders", "permute_hidden_"],
+>>>>>>> permute
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],
     "evaluate": ["flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],

@@ -26,6 +26,10 @@ class Form:
         """Numbers stored for a weight of `shape` (out, in). Exact: equals the elements of the factors built."""
         return sum(math.prod(size) for size in self.resolve(shape).factor_shapes(shape).values())
 
+    def index_shapes(self, shape):
+        """Integer tensors stored beside the factors, by name: int32 buffers, no parameters. Most formats have none."""
+        return {}
+
     def share(self, shape):
         """num_params over the dense out*in; above 1 the form costs more than it saves."""
         return self.num_params(shape) / math.prod(shape)
@@ -49,7 +53,12 @@ class Form:
         factors = {n: each * torch.randn(*s, generator=generator, dtype=dtype, device=device) for n, s in drawn.items()}
         if "scale" in sizes:
             factors["scale"] = torch.ones(sizes["scale"], dtype=dtype, device=device)
-        return factors
+        return factors | self.natural_orders(shape, device)
+
+    def natural_orders(self, shape, device=None):
+        """The integer tensors of a weight that is not reordered."""
+        sizes = self.resolve(shape).index_shapes(shape).items()
+        return {name: torch.arange(*size, dtype=torch.int32, device=device) for name, size in sizes}
 
     def forward(self, x, factors, shape):
         """x (…, in) -> (…, out) by the cheapest plan for this many tokens: contract the factors, or rebuild the weight."""

@@ -1,62 +1,21 @@
-"""Kronecker products: weight ~ sum_k scale_k * kron(left_k, right_k).
+"""Kronecker products: weight ~ P (sum_k scale_k * kron(left_k, right_k)) Q, the permutations P and Q optional.
 
-Van Loan's observation: reorder the weight so that each block becomes a row. A Kronecker product then becomes an outer
-product, so the nearest sum of Kronecker products is a truncated SVD of the reordered weight, `rearrange(weight)`.
+The nearest sum of products is Van Loan's (van_loan.py), the orders are found by permute.py.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import Form, check_kept, measured_error, positive, refuse_init, relative
+from tnlib.form import Form, check_kept, measured_error, positive, refuse_init
+from tnlib.permute import AXES, SEARCHES, permute_kronecker
 from tnlib.shapes import ShapeError, check_weight
-from tnlib.spectrum import truncate
+from tnlib.van_loan import KroneckerFit, nearest_kronecker, rearrange, sum_of_products
 
-
-class KroneckerFit(NamedTuple):
-    """Result of `nearest_kronecker`."""
-
-    left: torch.Tensor  # (…, terms, l0, l1)
-    right: torch.Tensor  # (…, terms, r0, r1)
-    error: torch.Tensor  # (…,) relative Frobenius error, float64
-
-
-def rearrange(weight, left, right):
-    """Van Loan's reordering R: (…, l0*r0, l1*r1) -> (…, l0*l1, r0*r1), one block of the weight a row.
-
-    Exact: rearrange(torch.kron(A, B), A.shape, B.shape) is the outer product of A.ravel() and B.ravel().
-    Source: Van Loan & Pitsianis 1993, section 2 (blocks in row-major order).
-    """
-    (l0, l1), (r0, r1) = left, right
-    blocks = weight.unflatten(-1, (l1, r1)).unflatten(-3, (l0, r0))  # (…, l0, r0, l1, r1)
-    return blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2)  # (…, l0*l1, r0*r1)
-
-
-def nearest_kronecker(weight, left, right, terms=1):
-    """Sum of `terms` Kronecker products closest to `weight` in Frobenius norm.
-
-    weight: (…, out, in) = (…, l0*r0, l1*r1), float; leading axes are a batch of weights
-    left, right: (l0, l1), (r0, r1)
-    terms: at least 1; above min(l0*l1, r0*r1) the actual number is that minimum
-    Returns: KroneckerFit(left, right, error); sum_k kron(left[k], right[k]) ~ weight
-    Raises: ShapeError if the sizes do not multiply to the weight's, on NaN or infinite weights and on terms < 1
-    Source: Van Loan & Pitsianis 1993. Exact when terms = min(l0*l1, r0*r1).
-    """
-    positive("nearest_kronecker", left=tuple(left), right=tuple(right), terms=terms)
-    check_weight(weight, "nearest_kronecker")
-    shape = tuple(weight.shape[-2:])
-    if (left[0] * right[0], left[1] * right[1]) != shape:
-        raise ShapeError(
-            f"nearest_kronecker: left {tuple(left)} times right {tuple(right)} is "
-            f"{(left[0] * right[0], left[1] * right[1])}; needed weight {shape} (out, in). Choose factors whose sizes multiply to it."
-        )
-    cut = truncate(rearrange(weight, left, right), terms)
-    a, b = cut.balanced()  # (…, l0*l1, terms), (…, terms, r0*r1)
-    return KroneckerFit(a.mT.unflatten(-1, left), b.unflatten(-1, right), relative(cut.discarded, cut.total))
+__all__ = ["Kronecker", "KroneckerFit", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"]
 
 
 def norm_preserving_scale(weight, approximation):
@@ -88,10 +47,13 @@ def prune_factors(weight, left, right):
 
 @dataclass(frozen=True)
 class Kronecker(Form):
-    """weight (out, in) ~ sum over `terms` of kron(left (l0, l1), right (r0, r1)). Stored: terms*(l0*l1 + r0*r1 [+ 1]).
+    """weight (out, in) ~ P (sum over `terms` of kron(left (l0, l1), right (r0, r1))) Q. Stored: terms*(l0*l1 + r0*r1 [+ 1]).
 
     Give `left` or `right`; the other is inferred from the weight. `terms`, or `kept` = share of out*in to store.
     scaled: one learnable scalar a term (Krony-PT), stored beside the factors
+    permute: "", "rows", "columns" or "both": reorder before fitting. The orders are integer buffers of the layer, no
+        parameters: num_params does not count them
+    search: "sorted" or "damped", see permute_kronecker
     """
 
     left: tuple[int, int] | None = None
@@ -99,6 +61,8 @@ class Kronecker(Form):
     terms: int | None = None
     kept: float | None = None
     scaled: bool = False
+    permute: str = ""
+    search: str = "sorted"
 
     def __post_init__(self):
         positive("Kronecker", left=self.left, right=self.right, terms=self.terms)
@@ -117,6 +81,11 @@ class Kronecker(Form):
             )
         if self.terms is not None and self.kept is not None:
             raise ShapeError(f"Kronecker: got terms={self.terms} and kept={self.kept}; needed one of the two.")
+        if self.permute not in ("", *AXES) or self.search not in SEARCHES:
+            raise ShapeError(
+                f"Kronecker: got permute={self.permute!r}, search={self.search!r}; needed permute '' or one of "
+                f"{', '.join(AXES)}, and a search of {', '.join(SEARCHES)}."
+            )
 
     def resolve(self, shape):
         """The same form with both factor shapes and the number of terms really used for (out, in)."""
@@ -154,19 +123,26 @@ class Kronecker(Form):
         sizes = {"left": (self.terms, *self.left), "right": (self.terms, *self.right)}
         return sizes | {"scale": (self.terms,)} if self.scaled else sizes
 
+    def index_shapes(self, shape):
+        """Orders stored beside the factors, int32: `row_order`, `column_order`."""
+        return {f"{axis[:-1]}_order": (shape[axis == "columns"],) for axis in AXES.get(self.permute, ())}
+
     def _summands(self):
         return self.terms
 
     def decompose(self, weight, init="svd", generator=None):
         """weight (…, out, in) -> factors by name, relative error (…,).
 
-        init: 'svd' (Van Loan), 'norm' (Van Loan, rescaled to the weight's norm), 'prune' (Krony-PT, one term only)
+        init: 'svd' (Van Loan), 'norm' (Van Loan, rescaled to the weight's norm), 'prune' (Krony-PT, one term only);
+            each after the search for orders, if `permute` asks for one
+        generator: only the search "damped" draws from it
         """
         refuse_init("Kronecker", init, ("svd", "norm", "prune"))
         if init == "prune" and self.terms != 1:
             raise ShapeError(
                 f"Kronecker: init='prune' with terms={self.terms}; needed terms=1, the only case the paper defines."
             )
+        weight, orders = self._reorder(weight, generator) if self.permute else (weight, {})
         if init == "prune":
             a, b = prune_factors(weight, self.left, self.right)
         else:
@@ -174,18 +150,37 @@ class Kronecker(Form):
         factors = {"left": a, "right": b}
         alpha = 1.0
         if init == "norm":
-            alpha = norm_preserving_scale(weight, _sum_of_products(a, b))[..., None].to(a.dtype)  # (…, 1)
+            alpha = norm_preserving_scale(weight, sum_of_products(a, b))[..., None].to(a.dtype)  # (…, 1)
         if self.scaled:
             factors["scale"] = alpha * torch.ones(a.shape[:-2], dtype=a.dtype, device=a.device)  # (…, terms)
         elif init == "norm":
             factors["left"] = a * alpha[..., None, None]
         if init != "svd":
-            error = measured_error(weight, self.to_dense(factors, weight.shape[-2:]))
-        return factors, error
+            error = measured_error(weight, sum_of_products(self._scaled_left(factors), b))
+        return factors | orders, error
+
+    def _reorder(self, weight, generator):
+        """The weight in the order that the search finds, and the orders as `contract` and `to_dense` take them."""
+        check_weight(weight, "Kronecker")
+        seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
+        batch = weight.reshape(-1, *weight.shape[-2:])
+        options = {"axes": self.permute, "search": self.search, "seed": seed}
+        found = [permute_kronecker(one, self.left, self.right, self.terms, **options) for one in batch]
+        moved = torch.stack([one[f.rows][:, f.columns] for one, f in zip(batch, found)]).reshape(weight.shape)
+        orders = {"row_order": [f.rows.argsort() for f in found], "column_order": [f.columns for f in found]}
+        kept = {name: orders[name] for name in self.index_shapes(weight.shape[-2:])}
+        return moved, {n: torch.stack(o).int().reshape(*weight.shape[:-2], -1) for n, o in kept.items()}
 
     def to_dense(self, factors, shape):
         """The weight (…, out, in) that the factors stand for, by one GEMM over the terms."""
-        return _sum_of_products(self._scaled_left(factors), factors["right"])
+        dense = sum_of_products(self._scaled_left(factors), factors["right"])
+        if "row_order" in factors:
+            dense = _take(dense, factors["row_order"], -2)
+        return self._back(dense, factors)
+
+    def _back(self, rows, factors):
+        """Columns of the sum of products put where the weight has them: (…, in)."""
+        return _take(rows, factors["column_order"].argsort(-1), -1) if "column_order" in factors else rows
 
     def _scaled_left(self, factors):
         left = factors["left"]
@@ -194,7 +189,8 @@ class Kronecker(Form):
     def plans(self, shape, tokens):
         """'left first', 'right first': two contractions, all terms at once; 'rebuild': the weight, then one GEMM."""
         (l0, l1), (r0, r1), k = self.left, self.right, self.terms
-        ends = tokens * (shape[0] + shape[1]) + k * (l0 * l1 + r0 * r1)
+        ordered = sum(size for (size,) in self.index_shapes(shape).values())  # axes to reorder, each read and written
+        ends = tokens * (shape[0] + shape[1] + 2 * ordered) + k * (l0 * l1 + r0 * r1)
         left = Plan(
             "left first",
             2 * tokens * k * l0 * r1 * (l1 + r0),
@@ -204,12 +200,19 @@ class Kronecker(Form):
         right = Plan(
             "right first", 2 * tokens * k * l1 * r0 * (r1 + l0), ends + tokens * (2 * shape[0] + 4 * k * l1 * r0), 4
         )
-        return [left, right, self._rebuild_plan(shape, tokens, 2 * k * math.prod(shape))]
+        rebuild = self._rebuild_plan(shape, tokens, 2 * k * math.prod(shape))
+        moved = 2 * math.prod(shape) * len(self.index_shapes(shape))
+        return [left, right, replace(rebuild, elements=rebuild.elements + moved)]
 
     def contract(self, x, factors, shape, plan="left first"):
-        """x (tokens, in) -> (tokens, out): y[i, j] = sum_{k, p, q} left[k, i, p] right[k, j, q] x[p, q]."""
+        """x (tokens, in) -> (tokens, out): y[i, j] = sum_{k, p, q} left[k, i, p] right[k, j, q] x[p, q].
+
+        With orders, x is taken in column order first and y in row order last.
+        """
         (l0, l1), (r0, r1), k = self.left, self.right, self.terms
         a, b = self._scaled_left(factors), factors["right"]  # (k, l0, l1), (k, r0, r1)
+        if "column_order" in factors:
+            x = x.index_select(1, factors["column_order"])
         x = x.reshape(-1, l1, r1)  # (tokens, l1, r1)
         if plan == "left first":
             z = F.linear(x.transpose(1, 2), a.reshape(k * l0, l1))  # (tokens, r1, k*l0)
@@ -218,7 +221,8 @@ class Kronecker(Form):
         else:
             z = F.linear(x, b.reshape(k * r0, r1)).reshape(-1, l1 * k, r0)  # (tokens, l1*k, r0)
             y = a.permute(1, 2, 0).reshape(l0, l1 * k) @ z  # (tokens, l0, r0)
-        return y.reshape(-1, shape[0])  # (tokens, out)
+        y = y.reshape(-1, shape[0])  # (tokens, out)
+        return y.index_select(1, factors["row_order"]) if "row_order" in factors else y
 
     def row_plans(self, shape, tokens):
         """One way to look up rows: gather from both factors, multiply."""
@@ -227,16 +231,19 @@ class Kronecker(Form):
     def rows(self, ids, factors, shape, plan="gather"):
         """Rows `ids` (tokens,) of the weight, without building it: (tokens, in)."""
         a, b = self._scaled_left(factors), factors["right"]
+        if "row_order" in factors:
+            ids = factors["row_order"][ids]
         outer, inner = ids // self.right[0], ids % self.right[0]
         a, b = a[:, outer].movedim(0, -1), b[:, inner].movedim(0, -2)  # (tokens, l1, k), (tokens, k, r1)
-        return (a @ b).reshape(-1, shape[1])  # (tokens, in)
+        return self._back((a @ b).reshape(-1, shape[1]), factors)  # (tokens, in)
 
 
-def _sum_of_products(left, right):
-    """sum_k kron(left[k], right[k]): (…, k, l0, l1), (…, k, r0, r1) -> (…, l0*r0, l1*r1)."""
-    (l0, l1), (r0, r1) = left.shape[-2:], right.shape[-2:]
-    rows = left.flatten(-2).mT @ right.flatten(-2)  # (…, l0*l1, r0*r1): the rearranged weight
-    return rows.unflatten(-1, (r0, r1)).unflatten(-3, (l0, l1)).transpose(-3, -2).flatten(-4, -3).flatten(-2)
+def _take(x, order, dim):
+    """Entries of x along `dim` (-1 or -2) in `order` (n,), or (…, n) for a batch."""
+    if order.dim() == 1:
+        return x.index_select(dim, order)
+    index = order.long().unsqueeze(-1 if dim == -2 else -2)  # (…, n, 1) or (…, 1, n)
+    return x.gather(dim, index.expand(x.shape))
 
 
 def _divisors(size):

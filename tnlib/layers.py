@@ -25,18 +25,30 @@ class _Factorized(nn.Module):
         self.error = None  # relative Frobenius error of the decomposition this layer came from; None if drawn at random
         for name, size in self.form.factor_shapes(self.shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
+        for name, order in self.form.natural_orders(self.shape, device).items():
+            self.register_buffer(name, order)
         if draw:
             self.load_factors(self.form.random(self.shape, device=device))
 
     @property
     def factors(self):
-        """Factors by name, as the form's functions take them."""
+        """The trainable tensors by name."""
         return {name: getattr(self, name) for name in self.form.factor_shapes(self.shape)}
+
+    @property
+    def orders(self):
+        """Row and column orders by name, integer buffers; empty for a form that does not permute."""
+        return {name: getattr(self, name) for name in self.form.index_shapes(self.shape)}
+
+    @property
+    def operands(self):
+        """Factors and orders by name, as the form's functions take them."""
+        return self.factors | self.orders
 
     @property
     def weight(self):
         """The (out, in) weight that the factors stand for, rebuilt at every access; gradients flow to the factors."""
-        return self.form.to_dense(self.factors, self.shape)
+        return self.form.to_dense(self.operands, self.shape)
 
     def num_params(self):
         """Numbers stored: factors and bias. Exact: equals the elements of the layer's own parameters."""
@@ -44,15 +56,15 @@ class _Factorized(nn.Module):
         return self.form.num_params(self.shape) + (0 if bias is None else bias.numel())
 
     def load_factors(self, factors, error=None):
-        """Put factors (from form.decompose or form.random) into the parameters, keeping their dtype and device."""
+        """Put factors (from form.decompose or form.random) into parameters and buffers, keeping their dtype and device."""
         with torch.no_grad():
             for name, factor in factors.items():
                 getattr(self, name).copy_(factor)
         self.error = None if error is None else float(error)
 
     def share_factors(self, other):
-        """Use another layer's parameters, as a tied output head uses its embedding's."""
-        for name in self.factors:
+        """Use another layer's parameters and orders, as a tied output head uses its embedding's."""
+        for name in self.operands:
             setattr(self, name, getattr(other, name))
 
     def _fit(self, weight, init, generator):
@@ -130,7 +142,7 @@ class FactorizedLinear(_Factorized):
             )
         if x.numel() == 0 or not self.factors:
             return F.linear(x, self.weight, self.bias)
-        y = self.form.forward(x, self.factors, self.shape)
+        y = self.form.forward(x, self.operands, self.shape)
         return y if self.bias is None else y + self.bias
 
 
@@ -178,7 +190,7 @@ class FactorizedEmbedding(_Factorized):
                 f"FactorizedEmbedding: got ids {int(flat.min())}..{int(flat.max())}; needed 0..{self.shape[0] - 1}."
             )
         plan = choose(self.form, self.shape, flat.numel(), flat.device.type, rows=True)
-        rows = self.form.rows(flat, self.factors, self.shape, plan)  # (tokens, dim)
+        rows = self.form.rows(flat, self.operands, self.shape, plan)  # (tokens, dim)
         return rows.reshape(*ids.shape, self.shape[1])
 
 

@@ -1,5 +1,6 @@
 """What a recipe will do to a model, before any weight moves: shapes, ranks, sizes and FLOPs, conventions stated."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Plan:
         float  # a token, linear layers and head; attention scores and BERT's pooler (one token a text) not counted
     )
     flops: float
+    index_bytes: int = 0  # of row and column orders (int32), which are no parameters and in none of the totals
 
     @property
     def compression(self):
@@ -85,6 +87,8 @@ class Plan:
                 2,
                 f"{self.total + self.head:,} if a dense output head ({self.head:,}) is stored beside the tied factors",
             )
+        if self.index_bytes:
+            lines.append(f"{self.index_bytes:,} bytes of row and column orders (int32) beside the parameters, not counted above")
         return lines
 
     def __str__(self):
@@ -131,7 +135,8 @@ def plan(model, recipe, tokens=512):
     dense_total = sum(p.numel() for p in model.parameters())
     positions = sum(m.weight.numel() for n, m in model.named_modules() if _POSITIONS.search(n) and hasattr(m, "weight"))
     total = dense_total - sum(removed.values()) + added
-    return Plan(recipe.name, tuple(rows), dense_total, total, positions, head_saved, tokens, dense_flops, flops)
+    index_bytes = sum(4 * math.prod(n) * row.split for row in rows for n in row.form.index_shapes(row.shape).values())
+    return Plan(recipe.name, tuple(rows), dense_total, total, positions, head_saved, tokens, dense_flops, flops, index_bytes)
 
 
 def _row(recipe, name, module, rule):
