@@ -21,21 +21,15 @@ _PUBLIC = {
     "plan": ["plan", "report"],
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
-<<<<<<< HEAD
-<<<<<<< HEAD
     "heal": ["heal"],
     "history": ["History"],
     "stages": ["compress_and_heal"],
     "teacher": ["PrecomputedTeacher", "precompute_teacher"],
-=======
     "moments": ["Moments", "second_moments"],
     "weighted": ["Metric", "fit_weighted"],
     "layer_fit": ["LayerFit", "fit_metric"],
     "local": ["fit_layers_"],
->>>>>>> local
-=======
     "hidden": ["hidden_orders", "permute_hidden_"],
->>>>>>> permute
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],
     "evaluate": ["flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],

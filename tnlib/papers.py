@@ -48,35 +48,24 @@ KRONY = (
 
 # --- TQCompressor, arXiv 2401.16367; numbers from config.yaml of terra-quantum-public/TQCompressedGPT2 ------------------
 # wte 768 -> 384 -> 192 (two halvings of its columns: right factors (1, 2) nested make (1, 4)); MLPs of odd blocks only,
-<<<<<<< HEAD
-# c_fc A 384 x 768, B 2 x 4 as stored (in, out), r = 4. Attention untouched.
-_TQ_MLPS = (
-    Rule(where="transformer.h.*.mlp.c_fc", blocks="odd", form=Kronecker(right=(4, 2), terms=4)),
-    Rule(where="transformer.h.*.mlp.c_proj", blocks="odd", form=Kronecker(right=(2, 4), terms=4)),
-)
-_TQ_EMBEDDING = Rule(where="transformer.wte", form=Kronecker(right=(1, 4)))
-=======
 # c_fc A 384 x 768, B 2 x 4 as stored (in, out), r = 4. Attention untouched. Rows and columns of the MLPs are permuted (abstract:
 # P W C), of wte the columns only (config.yaml); the search code is not in the repository, "damped" follows its description.
 def _tq(right, terms, axes="both"):
     return Kronecker(right=right, terms=terms, permute=axes, search="damped")
 
 
->>>>>>> permute
+_TQ_MLPS = (
+    Rule(where="transformer.h.*.mlp.c_fc", blocks="odd", form=_tq((4, 2), 4)),
+    Rule(where="transformer.h.*.mlp.c_proj", blocks="odd", form=_tq((2, 4), 4)),
+)
+_TQ_EMBEDDING = Rule(where="transformer.wte", form=_tq((1, 4), 1, "columns"))
+_TQ_HALVED = replace(_TQ_EMBEDDING, form=_tq((1, 2), 1, "columns"))
 TQCOMPRESSOR = Recipe(
     name="tqcompressor-81m",
     base="gpt2",
     source="arXiv 2401.16367; config.yaml of terra-quantum-public/TQCompressedGPT2",
-<<<<<<< HEAD
     rules=(*_TQ_MLPS, _TQ_EMBEDDING),
-    stages=((replace(_TQ_EMBEDDING, form=Kronecker(right=(1, 2))),), _TQ_MLPS, (_TQ_EMBEDDING,)),  # tags 0, 1, 2
-=======
-    rules=(
-        Rule(where="transformer.h.*.mlp.c_fc", blocks="odd", form=_tq((4, 2), 4)),
-        Rule(where="transformer.h.*.mlp.c_proj", blocks="odd", form=_tq((2, 4), 4)),
-        Rule(where="transformer.wte", form=_tq((1, 4), 1, "columns")),
-    ),
->>>>>>> permute
+    stages=((_TQ_HALVED,), _TQ_MLPS, (_TQ_EMBEDDING,)),  # tags 0, 1, 2
     heal=Heal(
         losses=(
             ("next_token", 1.0),
