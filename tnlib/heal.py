@@ -216,7 +216,7 @@ def _as_before(model, attention):
             model.set_attn_implementation(kernel)
         if cache is not None:
             config.use_cache = cache
-        _stop_recomputing(model)
+        _stop_recomputing(model, hooked="_require_grads_hooks" in own)
         for module, training in modes:
             module.training = training
         for parameter, needed in grads:
@@ -225,9 +225,12 @@ def _as_before(model, attention):
         model.to(device)
 
 
-def _stop_recomputing(model):
-    """Undo gradient checkpointing, under the name that this version of transformers has for it."""
+def _stop_recomputing(model, hooked):
+    """Undo gradient checkpointing, under the name that this version of transformers has for it, and the hook it needed."""
     names = ("activation", "gradient")
     kind = next((name for name in names if hasattr(model, f"{name}_checkpointing_disable")), None)
     if kind and getattr(model, f"is_{kind}_checkpointing", False):
         getattr(model, f"{kind}_checkpointing_disable")()
+        if not hooked and getattr(model, "_require_grads_hooks", None):
+            model.disable_input_require_grads()
+            vars(model).pop("_require_grads_hooks", None)

@@ -63,7 +63,17 @@ class HealTrainer(Trainer):
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin()
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
-            state.fsdp_plugin.cpu_ram_efficient_loading = False  # it would load the student twice, factors untied
+            state.fsdp_plugin.cpu_ram_efficient_loading = (
+                False  # it loads the student a second time, and unties its factors
+            )
+            self._take_first_process_weights()
+
+    def _take_first_process_weights(self):
+        """Start every process from the first one's student, as DDP does by itself: fits may differ in their last bits."""
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            moved = tensor.detach().to(self.args.device, copy=True, memory_format=torch.contiguous_format)
+            torch.distributed.broadcast(moved, src=0)
+            tensor.data.copy_(moved)
 
     def _place(self, teacher):
         """The teacher on its device, in eval mode, under the student's precision; never sharded, never trained."""
