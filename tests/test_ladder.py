@@ -10,12 +10,13 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples"],
     ["form", "data", "teacher"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore", "schedule"],
+    ["objective"],
     ["keeper"],
     ["surgery", "trainer"],
     ["heal"],

@@ -11,13 +11,15 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
+from tnlib.examples import Examples, split
 from tnlib.history import History, read_history
 from tnlib.layers import FactorizedEmbedding
 from tnlib.resume import Folder, digest, fingerprint, put_weights_, weights
 from tnlib.schedule import select_trainable_
 from tnlib.teacher import check_windows
-from tnlib.trainer import Examples, HealTrainer, is_sharded
+from tnlib.trainer import HealTrainer, is_sharded
 
 
 def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
@@ -36,7 +38,7 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
     Trains where the student is, on one device; under `accelerate launch`, where accelerate puts it, batch shared out.
     Exact: interrupted anywhere and called again, one process ends with the bits of an uninterrupted run.
     """
-    train, validation = _split(data)
+    train, validation = split(data)
     _check(student, teacher, train, validation, heal, budget)
     world, main = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
     if budget.batch % world:
@@ -64,10 +66,11 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     select_trainable_(student, heal.train)
     trained = _to_shard(student) if is_sharded() else student
     examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)
-    args = _training_arguments(student, heal, budget, folder, seed, scratch)
+    args = _training_arguments(student, heal, budget, seed, scratch)
     if not heal.weights:
         raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
     trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
+    _log_to_tensorboard(trainer, folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = trainer.keeper.best_weights
     if best is not None or trained is not student:
@@ -84,32 +87,6 @@ def _to_shard(student):
     if isinstance(student.get_input_embeddings(), FactorizedEmbedding):
         copied.get_input_embeddings = copied.get_output_embeddings = lambda: None  # accelerate would part them
     return copied
-
-
-def _split(data):
-    """Training and validation data as dictionaries of tensors; validation may be None."""
-    train, validation = data if isinstance(data, (tuple, list)) else (data, None)
-    return _tensors(train, "data"), None if validation is None else _tensors(validation, "validation data")
-
-
-def _tensors(data, where):
-    tensors = dict(data) if isinstance(data, dict) else {"input_ids": data}
-    ids = tensors.get("input_ids")
-    if (
-        not isinstance(ids, torch.Tensor)
-        or ids.dim() != 2
-        or ids.dtype != torch.int64
-        or ids.shape[1] < 2
-        or not len(ids)
-    ):
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(f"heal: {where} is {got}; needed windows (n, context) int64. Make them with token_windows.")
-    if any(len(tensor) != len(ids) for tensor in tensors.values()):
-        raise ValueError(f"heal: {where} has columns of unequal length; needed one row an example in each.")
-    if "labels" not in tensors:
-        labels = ids if "attention_mask" not in tensors else ids.masked_fill(tensors["attention_mask"] == 0, -100)
-        tensors["labels"] = labels
-    return tensors
 
 
 def _check(student, teacher, train, validation, heal, budget):
@@ -145,14 +122,11 @@ def _arguments(student, teacher, train, validation, heal, budget, seed):
     return found
 
 
-def _training_arguments(student, heal, budget, folder, seed, scratch):
+def _training_arguments(student, heal, budget, seed, scratch):
     """The Trainer's settings; logging, evaluation and saving are ours, its own are off."""
     device = next(student.parameters()).device
     names = TrainingArguments.__dataclass_fields__
     recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    board = folder is not None and importlib.util.find_spec("tensorboard") is not None
-    if board:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     args = TrainingArguments(
         output_dir=scratch,
         max_steps=budget.steps,
@@ -167,7 +141,7 @@ def _training_arguments(student, heal, budget, folder, seed, scratch):
         logging_strategy="no",
         eval_strategy="no",
         logging_nan_inf_filter=False,  # would look at every loss, a stop on a GPU; rows are checked
-        report_to=["tensorboard"] if board else [],
+        report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
@@ -175,6 +149,14 @@ def _training_arguments(student, heal, budget, folder, seed, scratch):
     )
     args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would be used by DataParallel; accelerate launch is the way
     return args
+
+
+def _log_to_tensorboard(trainer, folder):
+    """Rows go to tensorboard as well where it is installed and there is a folder for it."""
+    if folder and trainer.args.should_save and importlib.util.find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.path / "tensorboard")))
 
 
 def _fit_locally(student, teacher, windows, budget, folder, seed, progress):
