@@ -26,7 +26,7 @@ from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.papers import papers
 from tnlib.recipe import Recipe, RecipeError, Rule
-from tnlib.resume import load_weights_, save_weights, weights
+from tnlib.resume import load_weights_, only_one, save_weights, weights
 from tnlib.schedule import included_layers, kinds, parameter_groups, rate
 from tnlib.surgery import factorize_
 
@@ -363,6 +363,7 @@ def test_what_heal_and_budget_refuse(make, error, words):
         ({"heal": replace(LOGITS, train="lm_tail")}, r"train='lm_tail' claims no parameter.*model.layers.\*"),
         ({"heal": replace(LOGITS, groups=(Group(where="x.*"),))}, r"group 'x\.\*' claims no parameter"),
         ({"heal": Heal(losses=(("local", 1.0),))}, "no loss but 'local'"),
+        ({"student": torch.nn.Linear(2, 2)}, "student is a Linear; needed a transformers model"),
     ],
 )
 def test_what_a_call_is_refused_for(change, words, monkeypatch):
@@ -558,6 +559,13 @@ def test_other_arguments_in_the_same_folder_are_refused(tmp_path, change, words)
     factorize_(other, replace(RECIPE, rules=(replace(RECIPE.rules[0], init="random"), FOLDED)))
     with pytest.raises(ValueError, match="student: another model"):
         heal(other, **given)
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    with only_one(tmp_path), pytest.raises(ValueError, match="another process is at work in it"):
+        heal(student, teacher, WINDOWS, LOGITS, SHORT, tmp_path)
+    heal(student, teacher, WINDOWS, LOGITS, SHORT, tmp_path)
 
 
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):

@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from tnlib.examples import Examples, split
 from tnlib.history import History, read_history
 from tnlib.layers import FactorizedEmbedding
-from tnlib.resume import Folder, digest, fingerprint, put_weights_, weights
+from tnlib.resume import Folder, digest, fingerprint, only_one, put_weights_, weights
 from tnlib.schedule import select_trainable_
 from tnlib.teacher import check_windows
 from tnlib.trainer import HealTrainer, is_sharded
@@ -32,7 +32,7 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
     heal, budget: a Heal (a recipe's, or yours) and a Budget
     out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it was
         finished; other arguments are refused. None: nothing is kept
-    seed: order of the data and dropout; progress: bar, and curve in a notebook (default: where someone watches)
+    seed: order of the data, and dropout where the model's configuration has any; progress: bar, and curve in a notebook (default: where someone watches)
     Returns: History
     Raises: ValueError (RecipeError for names) with what was got and needed, FloatingPointError when a loss is not finite
     Trains where the student is, on one device; under `accelerate launch`, where accelerate puts it, batch shared out.
@@ -43,13 +43,15 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
     world, main = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
     if budget.batch % world:
         raise ValueError(f"heal: got batch={budget.batch} for {world} processes; needed a multiple. Change the batch.")
-    folder = None
-    if out is not None:
-        folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, seed), main)
-        if folder.finished:
-            folder.load(student)
-            return read_history(folder.history)
+    folder, teacher = None, teacher if heal.needs_teacher else None
     with ExitStack() as stack:
+        if out is not None:
+            if main:
+                stack.enter_context(only_one(out))
+            folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, seed), main)
+            if folder.finished:
+                folder.load(student)
+                return read_history(folder.history)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tnlib-heal-"))
         stack.enter_context(_random_state())
         for model in (student, teacher):
@@ -67,8 +69,7 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     trained = _to_shard(student) if is_sharded() else student
     examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)
     args = _training_arguments(student, heal, budget, seed, scratch)
-    if not heal.weights:
-        raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
+    teacher = teacher if set(heal.needs_teacher) - {"local"} else None
     trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
     _log_to_tensorboard(trainer, folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -91,6 +92,10 @@ def _to_shard(student):
 
 def _check(student, teacher, train, validation, heal, budget):
     """Refuse what would fail later, or worse, not fail."""
+    if not hasattr(student, "config"):
+        raise ValueError(f"heal: student is a {type(student).__name__}; needed a transformers model. Wrap it in one.")
+    if not heal.weights:
+        raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
     if heal.needs_teacher and teacher is None:
         raise ValueError(
             f"heal: losses {', '.join(heal.needs_teacher)} need a teacher, got None. Give the dense model, or leave them out."
@@ -100,7 +105,7 @@ def _check(student, teacher, train, validation, heal, budget):
             "heal: teacher and student are one model; needed two. Copy the dense model before factorizing it."
         )
     if not isinstance(teacher, (torch.nn.Module, type(None))):
-        teacher.check(heal, train["input_ids"])
+        teacher.check(heal, train)
     if budget.eval_every and validation is None:
         raise ValueError(
             f"heal: got eval_every={budget.eval_every} without validation data. Give data=(train, validation)."
@@ -114,9 +119,8 @@ def _arguments(student, teacher, train, validation, heal, budget, seed):
     """All that decides the result, as JSON data; how often it is saved does not."""
     amounts = {name: value for name, value in asdict(budget).items() if name not in ("save_every", "log_every")}
     theirs = fingerprint(teacher) if isinstance(teacher, torch.nn.Module) else teacher and teacher.fingerprint
-    used = theirs if heal.needs_teacher else None
     found = {"heal": {k: v for k, v in asdict(heal).items() if k != "source"}, "budget": amounts, "seed": seed}
-    found |= {"student": fingerprint(student), "teacher": used}
+    found |= {"student": fingerprint(student), "teacher": theirs}
     for name, tensors in (("data", train), ("validation", validation)):
         found[name] = tensors and {key: digest(tensor) for key, tensor in tensors.items()}
     return found
