@@ -10,7 +10,7 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "assign"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign"],
     ["form", "data", "teacher"],
     ["van_loan"],
     ["arrange"],
@@ -19,6 +19,7 @@ RUNGS = [
     ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore", "schedule", "layer_fit"],
+    ["objective"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local"],
     ["heal"],

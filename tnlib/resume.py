@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -80,7 +81,7 @@ class Folder:
         part = self.path / "student.safetensors.part"
         try:
             save_weights(model, part)
-            part.rename(self.path / "student.safetensors")
+            part.replace(self.path / "student.safetensors")
         except (OSError, SafetensorError) as error:
             _remove(part)
             raise self._unwritten("the result", error) from error
@@ -103,6 +104,23 @@ class Folder:
             if before is None or (path.name.removeprefix("checkpoint-").isdigit() and step_of(path) < before):
                 path.rename(gone := path.with_name(f"{path.name}.part"))  # never half a checkpoint under its name
                 _remove(gone)
+
+
+@contextmanager
+def only_one(path, wait=0):
+    """Hold a folder for this process; the system gives it free when the process ends, however it ends.
+
+    wait: seconds to wait for another process; -1: as long as it takes
+    Raises: ValueError when another process holds it
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(path) / ".lock", timeout=wait):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"folder {path}: another process is at work in it; needed one at a time. Wait for it."
+        ) from None
 
 
 def step_of(checkpoint):
@@ -166,7 +184,7 @@ def fingerprint(model, entries=65536):
     sizes = {}
     for name, tensor in named.items():
         flat = tensor.flatten()
-        sample = flat[:: max(1, flat.numel() // entries)].double()
+        sample = flat[:: max(1, flat.numel() // entries)].float().cpu().double()  # no float64 on some devices
         sizes[name] = float(sample.square().mean().sqrt())
     return {"structure": hashlib.sha256(shapes.encode()).hexdigest()[:16], "rms": sizes}
 
@@ -209,7 +227,7 @@ def _whole(tensor):
 
 def _flush(path):
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with file.open("rb") as opened:
+        with file.open("r+b") as opened:  # Windows flushes only what is open for writing
             os.fsync(opened.fileno())
 
 

@@ -94,6 +94,12 @@ class Heal:
                 "the curriculum itself changes the rate, from learning_rate to final_learning_rate. Set it."
             )
 
+        if self.curriculum_steps and not self.weights.keys() - AFTER_CURRICULUM:
+            raise RecipeError(
+                f"Heal: got curriculum_steps={self.curriculum_steps} with losses {', '.join(self.weights)}, which all wait for "
+                "its end; needed one that matches layers, such as 'hidden'. Add it, or set curriculum_steps=0."
+            )
+
     def _check_losses(self):
         names = [name for name, _ in self.losses]
         for name in names:
