@@ -36,6 +36,7 @@ def fit_layers_(
     shrink=1.0,
     batch=4,
     memory_gb=4.0,
+    seed=0,
     progress=None,
     out=None,
 ):
@@ -46,6 +47,7 @@ def fit_layers_(
     shrink: s adds white noise worth s * in tokens to the second moment, at the power of the median channel. 0 trusts the
         text alone; large values lead back to the plain Frobenius fit. With fewer tokens than inputs, 0 overfits badly
     batch: windows a forward pass; memory_gb: of second moments held at once; more layers than that take further passes
+    seed: taken for the sake of callers that pass a run's seed; nothing here is random
     progress: a bar over layers (default: only on a terminal)
     out: a folder in which each fitted layer is saved; a killed run that is started again goes on from there
     Returns: list of LayerFit, in the model's order. A bias is fitted along. Tied layers (embedding and head) are fitted
