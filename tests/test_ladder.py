@@ -9,14 +9,17 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "moments"],
-    ["spectrum", "figures", "assets", "evaluate"],
-    ["form", "data"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume"],
+    ["form", "data", "teacher"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
-    ["papers", "plan", "explore", "layer_fit"],
-    ["surgery", "local"],
+    ["papers", "plan", "explore", "schedule", "layer_fit"],
+    ["keeper", "local"],
+    ["surgery", "trainer"],
+    ["heal"],
+    ["stages"],
     ["presets", "report"],
     ["job"],
     ["execute", "progress"],

@@ -4,9 +4,12 @@ Sizes that the papers print, and whether they follow from these shapes, are chec
 `skeleton(base)` builds a paper's model without weights or network, so that a plan costs nothing.
 """
 
+from dataclasses import replace
+
 from tnlib.kronecker import Kronecker
 from tnlib.recipe import Heal, Quantize, Recipe, RecipeError, Rule
 from tnlib.tensor_train import TensorTrain
+from tnlib.treatment import Group
 from tnlib.tt_matrix import MPO, TTMatrix
 
 # --- Krony-PT, arXiv 2412.12351 v2 -------------------------------------------------------------------------------------
@@ -17,7 +20,9 @@ _KRONY_HEAL = Heal(
     final_learning_rate=6e-6,
     betas=(0.9, 0.95),
     clip=1.0,
+    warmup=0.005,  # 500 to 1,500 steps, section 5, of about 220,000 (3 epochs of 9.04 B tokens, 122,880 a step)
     weight_decay=0.1,  # on the Kronecker factors only, in the April 2024 repository
+    groups=(Group(where="scalars"), Group(where="rest", weight_decay=0.0)),
     source="arXiv 2412.12351 v2, section 5",
 )
 
@@ -44,19 +49,23 @@ KRONY = (
 # --- TQCompressor, arXiv 2401.16367; numbers from config.yaml of terra-quantum-public/TQCompressedGPT2 ------------------
 # wte 768 -> 384 -> 192 (two halvings of its columns: right factors (1, 2) nested make (1, 4)); MLPs of odd blocks only,
 # c_fc A 384 x 768, B 2 x 4 as stored (in, out), r = 4. Attention untouched.
+_TQ_MLPS = (
+    Rule(where="transformer.h.*.mlp.c_fc", blocks="odd", form=Kronecker(right=(4, 2), terms=4)),
+    Rule(where="transformer.h.*.mlp.c_proj", blocks="odd", form=Kronecker(right=(2, 4), terms=4)),
+)
+_TQ_EMBEDDING = Rule(where="transformer.wte", form=Kronecker(right=(1, 4)))
 TQCOMPRESSOR = Recipe(
     name="tqcompressor-81m",
     base="gpt2",
     source="arXiv 2401.16367; config.yaml of terra-quantum-public/TQCompressedGPT2",
-    rules=(
-        Rule(where="transformer.h.*.mlp.c_fc", blocks="odd", form=Kronecker(right=(4, 2), terms=4)),
-        Rule(where="transformer.h.*.mlp.c_proj", blocks="odd", form=Kronecker(right=(2, 4), terms=4)),
-        Rule(where="transformer.wte", form=Kronecker(right=(1, 4))),
-    ),
+    rules=(*_TQ_MLPS, _TQ_EMBEDDING),
+    stages=((replace(_TQ_EMBEDDING, form=Kronecker(right=(1, 2))),), _TQ_MLPS, (_TQ_EMBEDDING,)),  # tags 0, 1, 2
     heal=Heal(
-        losses=(("next_token", 1.0), ("logits", 1.0)),  # distillation terms and weights are not published
-        stages=("transformer.wte", "transformer.h.*.mlp", "transformer.wte"),  # stage tags 0, 1, 2 of config.yaml
-        source="stages: config.yaml; losses unpublished",
+        losses=(
+            ("next_token", 1.0),
+            ("logits", 1.0),
+        ),  # distillation terms, weights and learning rate are not published
+        source="losses, learning rate, batch and steps unpublished; 3.1 % of OpenWebText in three stages",
     ),
     notes="81.3 M only with a head tied to the compressed wte; the released model keeps a dense one (head='dense'): 119.9 M",
 )
@@ -109,10 +118,14 @@ COMPACTIFAI = Recipe(
 
 # --- Yang et al. 2023, arXiv 2306.01076, and its repository -------------------------------------------------------------
 _QAT_HEAL = Heal(
-    losses=(("hidden", 1.0), ("hidden_cosine", 1.0), ("attention", 1.0), ("embedding", 1.0), ("embedding_cosine", 1.0)),
-    learning_rate=1e-3,  # then 2e-5 once task and logit losses join, after all 12 layers
+    losses=(
+        *((name, 1.0) for name in ("hidden", "hidden_cosine", "attention", "embedding", "embedding_cosine")),
+        *(("task", 1.0), ("logits", 1.0)),  # join after all 12 layers, at temperature 1
+    ),
+    learning_rate=1e-3,  # then 2e-5 once task and logit losses join
     final_learning_rate=2e-5,
     schedule="constant",
+    betas=(0.9, 0.999),  # torch's defaults
     clip=10.0,
     curriculum_steps=2000,
     source="repository: one more layer every 2,000 steps",

@@ -17,13 +17,10 @@ from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.shapes import is_conv1d
 from tnlib.tensor_train import TensorTrain
+from tnlib.treatment import Heal, RecipeError
 from tnlib.tt_matrix import TTMatrix
 
 FORMS = {form.__name__: form for form in (LowRank, Kronecker, TensorTrain, TTMatrix)}
-
-
-class RecipeError(ValueError):
-    """A recipe does not fit itself or the model; the message lists what would."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +64,6 @@ class Rule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heal:
-    """How a factorized model is trained back: losses by weight, learning rates, order of work. Amounts are in a budget."""
-
-    losses: tuple[tuple[str, float], ...] = (("next_token", 1.0),)
-    learning_rate: float = 1e-4
-    final_learning_rate: float | None = None  # None: constant
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    stages: tuple[str, ...] = ()  # module patterns compressed one after the other, healing between (TQCompressor)
-    curriculum_steps: int = 0  # steps before the next layer's hidden states are matched (Yang et al.); 0: all at once
-    source: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Quantize:
     """Which tensors get an integer grid, of how many bits, and when."""
 
@@ -96,7 +77,12 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One paper's method, or yours. `base` is the model that it was written for, `source` where its numbers were read."""
+    """One paper's method, or yours. `base` is the model that it was written for, `source` where its numbers were read.
+
+    stages: the rules in the order of work, where a model is factorized a part at a time and healed after each part. A
+        later stage takes a module that an earlier one factorized dense again; each module must end as `rules` says.
+        (): everything at once
+    """
 
     name: str
     rules: tuple[Rule, ...]
@@ -104,12 +90,19 @@ class Recipe:
     base: str = ""
     heal: Heal | None = None
     quantize: Quantize | None = None
+    stages: tuple[tuple[Rule, ...], ...] = ()
     notes: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "stages", tuple(tuple(stage) for stage in self.stages))
         if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
             raise RecipeError(f"recipe {self.name!r}: got rules={self.rules!r}; needed at least one Rule.")
+        staged = [rule for stage in self.stages for rule in stage]
+        if not all(isinstance(rule, Rule) for rule in staged) or not all(self.stages):
+            raise RecipeError(
+                f"recipe {self.name!r}: got stages={self.stages!r}; needed tuples of at least one Rule each."
+            )
 
     def scaled_to(self, model):
         """The same method for another model: module names by role, printed modes forgotten, small factors and caps kept.
@@ -122,26 +115,38 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name!r}: model type {target!r} is not known; needed one of {', '.join(FAMILIES)}. Write patterns."
             )
-        rules = tuple(scaled for rule in self.rules if (scaled := _scaled(rule, target)) is not None)
-        return replace(self, rules=rules, base=getattr(model.config, "_name_or_path", "") or target)
+
+        def adapted(rules):
+            return tuple(scaled for rule in rules if (scaled := _scaled(rule, target)) is not None)
+
+        stages = tuple(stage for rules in self.stages if (stage := adapted(rules)))
+        base = getattr(model.config, "_name_or_path", "") or target
+        return replace(self, rules=adapted(self.rules), stages=stages, base=base)
 
     def to_dict(self):
         """Plain data for JSON; from_dict(to_dict()) equals the recipe."""
         data = asdict(self)
-        for rule, plain in zip(self.rules, data["rules"]):
-            given = {
-                f.name: getattr(rule.form, f.name) for f in fields(rule.form) if getattr(rule.form, f.name) != f.default
-            }
-            plain["form"] = {"kind": type(rule.form).__name__, **given}
+        data["rules"] = [_plain(rule) for rule in self.rules]
+        data["stages"] = [[_plain(rule) for rule in stage] for stage in self.stages]
         return data
 
     @classmethod
     def from_dict(cls, data):
         """A recipe from plain data (JSON, YAML). Raises: RecipeError on unknown keys, with the known ones."""
-        rules = tuple(_build(Rule, {**rule, "form": _form(rule.get("form"))}) for rule in data.get("rules", ()))
+        rules = tuple(_rule(rule) for rule in data.get("rules", ()))
+        stages = tuple(tuple(_rule(rule) for rule in stage) for stage in data.get("stages", ()))
         heal = data.get("heal") and _build(Heal, data["heal"])
         quantize = data.get("quantize") and _build(Quantize, data["quantize"])
-        return _build(cls, {**data, "rules": rules, "heal": heal, "quantize": quantize})
+        return _build(cls, {**data, "rules": rules, "stages": stages, "heal": heal, "quantize": quantize})
+
+
+def _plain(rule):
+    given = {f.name: getattr(rule.form, f.name) for f in fields(rule.form) if getattr(rule.form, f.name) != f.default}
+    return asdict(rule) | {"form": {"kind": type(rule.form).__name__, **given}}
+
+
+def _rule(data):
+    return data if isinstance(data, Rule) else _build(Rule, {**data, "form": _form(data.get("form"))})
 
 
 def _build(kind, data):
@@ -219,7 +224,7 @@ def match(model, recipe):
     claimed = {}
     for rule in recipe.rules:
         places = rule.places(model_type(model))
-        found = [name for name in offered if _claims(rule, places, name, prefix)]
+        found = [name for name in offered if claims(rule, places, name, prefix)]
         if not found:
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.where!r} (blocks={rule.blocks!r}) claims no module of this "
@@ -236,7 +241,8 @@ def match(model, recipe):
     return [Match(name, offered[name], claimed[name]) for name in offered if name in claimed]
 
 
-def _claims(rule, places, name, prefix):
+def claims(rule, places, name, prefix=""):
+    """Whether a rule, whose patterns in this family are `places`, claims the module of this name."""
     for place in places:
         short = place.removeprefix(f"{prefix}.")  # a bare GPT2Model has no "transformer." before "h.0"
         for candidate in {place, short}:

@@ -39,14 +39,17 @@ def factorize_(model, recipe, *, seed=0, progress=None):
         _swap(model, name, layer)
 
 
-def densify_(model):
+def densify_(model, names=None):
     """Put dense layers back in place of factorized ones, with the weights that the factors stand for; returns None.
 
+    names: of the layers to take; None: all. Layers that share factors must be named together
     Exact: the model computes the same function; a head that shared factors shares the dense table again.
     """
     tables = {}
     for name, layer in list(model.named_modules()):
         if isinstance(layer, (FactorizedLinear, FactorizedEmbedding, SplitLinear)) and ".parts." not in name:
+            if names is not None and name not in names:
+                continue
             dense, first = layer.to_dense(), id(next(layer.parameters()))
             if first in tables:
                 dense.weight = tables[first]

@@ -1,0 +1,233 @@
+"""heal: train a factorized student back, by the losses and schedules of a recipe's Heal, for a Budget, resumably."""
+
+import copy
+import importlib.util
+import os
+import random
+import tempfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from transformers import TrainingArguments
+
+from tnlib.history import History, read_history
+from tnlib.layers import FactorizedEmbedding
+from tnlib.resume import Folder, digest, fingerprint, put_weights_, weights
+from tnlib.schedule import select_trainable_
+from tnlib.teacher import check_windows
+from tnlib.trainer import Examples, HealTrainer, is_sharded
+
+
+def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
+    """Train `student` back, in place.
+
+    student: a causal language model of transformers, or another model when no loss is "next_token"
+    teacher: the dense model, a PrecomputedTeacher, or None where no loss needs one; it is not changed
+    data: windows (n, context) int64 as from token_windows, or a dictionary of tensors such as input_ids, attention_mask
+        and labels with one example a row; or a pair of these: (train, validation)
+    heal, budget: a Heal (a recipe's, or yours) and a Budget
+    out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it was
+        finished; other arguments are refused. None: nothing is kept
+    seed: order of the data and dropout; progress: bar, and curve in a notebook (default: where someone watches)
+    Returns: History
+    Raises: ValueError (RecipeError for names) with what was got and needed, FloatingPointError when a loss is not finite
+    Trains where the student is, on one device; under `accelerate launch`, where accelerate puts it, batch shared out.
+    Exact: interrupted anywhere and called again, one process ends with the bits of an uninterrupted run.
+    """
+    train, validation = _split(data)
+    _check(student, teacher, train, validation, heal, budget)
+    world, main = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
+    if budget.batch % world:
+        raise ValueError(f"heal: got batch={budget.batch} for {world} processes; needed a multiple. Change the batch.")
+    folder = None
+    if out is not None:
+        folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, seed), main)
+        if folder.finished:
+            folder.load(student)
+            return read_history(folder.history)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tnlib-heal-"))
+        stack.enter_context(_random_state())
+        for model in (student, teacher):
+            if isinstance(model, torch.nn.Module):
+                stack.enter_context(_as_before(model, "attention" in heal.weights))
+        return _run(student, teacher, train, validation, heal, budget, folder, seed, progress, scratch)
+
+
+def _run(student, teacher, train, validation, heal, budget, folder, seed, progress, scratch):
+    """Train, put the result into the student, and mark the folder as finished."""
+    checkpoint = folder.latest() if folder else None
+    if checkpoint is None and any(name == "local" for name, _ in heal.losses):
+        _fit_locally(student, teacher, train["input_ids"], budget, folder, seed, progress)
+    select_trainable_(student, heal.train)
+    trained = _to_shard(student) if is_sharded() else student
+    examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)
+    args = _training_arguments(student, heal, budget, folder, seed, scratch)
+    if not heal.weights:
+        raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
+    trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    best = trainer.keeper.best_weights
+    if best is not None or trained is not student:
+        put_weights_(student, weights(trained) if best is None else best, "heal")
+    if folder and args.should_save:
+        folder.finish(student, {"step": trainer.state.global_step, "best_validation_nll": trainer.keeper.best})
+    trainer.accelerator.wait_for_everyone()
+    return History(trainer.keeper.log.rows)
+
+
+def _to_shard(student):
+    """A copy for FSDP, which replaces parameters and classes for good; factors that embedding and head share stay in one group."""
+    copied = copy.deepcopy(student)
+    if isinstance(student.get_input_embeddings(), FactorizedEmbedding):
+        copied.get_input_embeddings = copied.get_output_embeddings = lambda: None  # accelerate would part them
+    return copied
+
+
+def _split(data):
+    """Training and validation data as dictionaries of tensors; validation may be None."""
+    train, validation = data if isinstance(data, (tuple, list)) else (data, None)
+    return _tensors(train, "data"), None if validation is None else _tensors(validation, "validation data")
+
+
+def _tensors(data, where):
+    tensors = dict(data) if isinstance(data, dict) else {"input_ids": data}
+    ids = tensors.get("input_ids")
+    if (
+        not isinstance(ids, torch.Tensor)
+        or ids.dim() != 2
+        or ids.dtype != torch.int64
+        or ids.shape[1] < 2
+        or not len(ids)
+    ):
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"heal: {where} is {got}; needed windows (n, context) int64. Make them with token_windows.")
+    if any(len(tensor) != len(ids) for tensor in tensors.values()):
+        raise ValueError(f"heal: {where} has columns of unequal length; needed one row an example in each.")
+    if "labels" not in tensors:
+        labels = ids if "attention_mask" not in tensors else ids.masked_fill(tensors["attention_mask"] == 0, -100)
+        tensors["labels"] = labels
+    return tensors
+
+
+def _check(student, teacher, train, validation, heal, budget):
+    """Refuse what would fail later, or worse, not fail."""
+    if heal.needs_teacher and teacher is None:
+        raise ValueError(
+            f"heal: losses {', '.join(heal.needs_teacher)} need a teacher, got None. Give the dense model, or leave them out."
+        )
+    if teacher is student:
+        raise ValueError(
+            "heal: teacher and student are one model; needed two. Copy the dense model before factorizing it."
+        )
+    if not isinstance(teacher, (torch.nn.Module, type(None))):
+        teacher.check(heal, train["input_ids"])
+    if budget.eval_every and validation is None:
+        raise ValueError(
+            f"heal: got eval_every={budget.eval_every} without validation data. Give data=(train, validation)."
+        )
+    for tensors in (train, validation):
+        if tensors is not None:
+            check_windows("heal", student, tensors["input_ids"])
+
+
+def _arguments(student, teacher, train, validation, heal, budget, seed):
+    """All that decides the result, as JSON data; how often it is saved does not."""
+    amounts = {name: value for name, value in asdict(budget).items() if name not in ("save_every", "log_every")}
+    theirs = fingerprint(teacher) if isinstance(teacher, torch.nn.Module) else teacher and teacher.fingerprint
+    used = theirs if heal.needs_teacher else None
+    found = {"heal": {k: v for k, v in asdict(heal).items() if k != "source"}, "budget": amounts, "seed": seed}
+    found |= {"student": fingerprint(student), "teacher": used}
+    for name, tensors in (("data", train), ("validation", validation)):
+        found[name] = tensors and {key: digest(tensor) for key, tensor in tensors.items()}
+    return found
+
+
+def _training_arguments(student, heal, budget, folder, seed, scratch):
+    """The Trainer's settings; logging, evaluation and saving are ours, its own are off."""
+    device = next(student.parameters()).device
+    names = TrainingArguments.__dataclass_fields__
+    recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    board = folder is not None and importlib.util.find_spec("tensorboard") is not None
+    if board:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
+    args = TrainingArguments(
+        output_dir=scratch,
+        max_steps=budget.steps,
+        per_device_train_batch_size=budget.batch // int(os.environ.get("WORLD_SIZE", 1)),
+        gradient_accumulation_steps=budget.accumulate,
+        max_grad_norm=heal.clip,
+        bf16=budget.precision == "bf16",
+        use_cpu=device.type == "cpu" and "LOCAL_RANK" not in os.environ,
+        seed=seed,
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_strategy="no",
+        eval_strategy="no",
+        logging_nan_inf_filter=False,  # would look at every loss, a stop on a GPU; rows are checked
+        report_to=["tensorboard"] if board else [],
+        disable_tqdm=True,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=device.type == "cuda",
+        **{recompute: budget.gradient_checkpointing},
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would be used by DataParallel; accelerate launch is the way
+    return args
+
+
+def _fit_locally(student, teacher, windows, budget, folder, seed, progress):
+    """The pass that the loss "local" stands for: each factorized layer on the teacher's activations, no full backward."""
+    fit_layers_ = importlib.import_module("tnlib.local").fit_layers_
+    out = folder.path / "local" if folder else None
+    fit_layers_(student, teacher, windows, steps=budget.local_steps, seed=seed, progress=progress, out=out)
+
+
+@contextmanager
+def _random_state():
+    """Leave the global random states as they were: the Trainer seeds them."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _as_before(model, attention):
+    """Give a model back as it came: modes, gradients on or off, device, forward, cache; eager attention meanwhile if asked."""
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config, device, own = model.config, next(model.parameters()).device, dict(vars(model))
+    cache, kernel = getattr(config, "use_cache", None), getattr(config, "_attn_implementation", None)
+    if attention and kernel != "eager":
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(model).pop(name, None)
+            if name in own:
+                vars(model)[name] = own[name]
+        if attention and kernel not in (None, "eager"):
+            model.set_attn_implementation(kernel)
+        if cache is not None:
+            config.use_cache = cache
+        _stop_recomputing(model)
+        for module, training in modes:
+            module.training = training
+        for parameter, needed in grads:
+            parameter.requires_grad_(needed)
+            parameter.grad = None
+        model.to(device)
+
+
+def _stop_recomputing(model):
+    """Undo gradient checkpointing, under the name that this version of transformers has for it."""
+    names = ("activation", "gradient")
+    kind = next((name for name in names if hasattr(model, f"{name}_checkpointing_disable")), None)
+    if kind and getattr(model, f"is_{kind}_checkpointing", False):
+        getattr(model, f"{kind}_checkpointing_disable")()
