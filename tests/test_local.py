@@ -250,7 +250,7 @@ def test_a_fitted_bias_makes_the_mean_output_right():
     student, teacher = pair("gpt2", LowRank(rank=3), "up")
     name = fit_layers_(student, teacher, WINDOWS)[0].module
     x = inputs(teacher, name, WINDOWS)
-    gap = (teacher.get_submodule(name)(x) - student.get_submodule(name)(x)).mean(0)
+    gap = (teacher.get_submodule(name)(x) - student.get_submodule(name)(x)).mean(0).detach()
     assert float(gap.abs().max()) < 1e-10
 
 
@@ -264,6 +264,19 @@ def test_bands_of_a_fused_matrix_and_tied_tables():
     assert fit.after < fit.before
     assert student.transformer.wte.left is student.lm_head.left
     assert student.lm_head.error == student.transformer.wte.error == fit.frobenius_after
+
+
+def test_students_share_moments_that_were_collected_once():
+    fits = []
+    for shared in (False, True):
+        student, teacher = pair("llama", LowRank(kept=0.5), "mlp")
+        names = [name for name, m in student.named_modules() if isinstance(m, FactorizedLinear)]
+        texts = [second_moments(teacher, text, names) if shared else text for text in (WINDOWS, HELD)]
+        fits.append([(f.after, f.held_after) for f in fit_layers_(student, teacher, texts[0], held_out=texts[1])])
+    assert fits[0] == fits[1]
+    student, teacher = pair("llama", LowRank(kept=0.5), "mlp")
+    with pytest.raises(ValueError, match=r"without model.layers.1.mlp.down_proj \(1 missing\)"):
+        fit_layers_(student, teacher, {name: m for name, m in texts[0].items() if name != names[-1]})
 
 
 def test_memory_limit_changes_passes_and_not_results():

@@ -71,11 +71,12 @@ def fit_job(job, seen, held, steps, learning_rate, shrink):
     moments = _present(job, seen)
     start = [{name: factor.detach() for name, factor in part.factors.items()} for part in job.parts]
     factors, bias, method = start, None, "kept"
-    before = [_missed(job, weight, start, None, some) for some in (moments, _present(job, held) if held else None)]
+    texts = [_Text(job, weight, moments), _Text(job, weight, _present(job, held)) if held else None]
+    before = [text and text.missed(start, None) for text in texts]
     if before[0] > NEGLIGIBLE:
         factors, method = _fitted(job, weight, start, fit_metric(moments, shrink, job.biased), steps, learning_rate)
         bias = _best_bias(job, weight, factors, moments[0]) if job.biased else None
-    after = [_missed(job, weight, factors, bias, some) for some in (moments, _present(job, held) if held else None)]
+    after = [text and text.missed(factors, bias) for text in texts]
     if not after[0] < before[0]:
         factors, bias, method, after = start, None, "kept", before
     errors = [*(value for pair in zip(before, after) for value in pair)]
@@ -138,20 +139,23 @@ def _rebuilt(job, factors):
     return torch.cat([part.form.to_dense(some, part.shape) for part, some in zip(job.parts, wide)])
 
 
-def _missed(job, weight, factors, bias, moments):
-    """Relative error on the outputs, root mean square over the uses of a tied table; None without moments."""
-    if moments is None:
-        return None
-    difference, squares = weight - _rebuilt(job, factors), []
-    gap = job.dense.bias.detach().double() - _own_bias(job, bias) if job.biased else None  # (out,)
-    for use in moments:
-        metric = Metric(use.second, use.counts)
-        square = metric.error(difference, weight) ** 2
-        if gap is not None:
-            total = float((weight * metric.times(weight)).sum())
-            square += float(gap @ (2 * difference @ use.mean + gap)) / max(total, 1e-300)
-        squares.append(max(0.0, square))
-    return math.sqrt(sum(squares) / len(squares))
+class _Text:
+    """A text as one layer sees it: measures how much of the layer's outputs is missed."""
+
+    def __init__(self, job, weight, moments):
+        self.job, self.weight = job, weight
+        self.uses = [(use, metric := Metric(use.second, use.counts), metric.square(weight)) for use in moments]
+
+    def missed(self, factors, bias):
+        """Relative error on the outputs, root mean square over the uses of a tied table."""
+        difference, squares = self.weight - _rebuilt(self.job, factors), []
+        gap = self.job.dense.bias.detach().double() - _own_bias(self.job, bias) if self.job.biased else None  # (out,)
+        for use, metric, total in self.uses:
+            square = metric.square(difference)
+            if gap is not None:
+                square += float(gap @ (2 * difference @ use.mean + gap))
+            squares.append(max(0.0, square) / total if total > 0 else 0.0)
+        return math.sqrt(sum(squares) / len(squares))
 
 
 def _own_bias(job, bias):

@@ -4,22 +4,19 @@ No loss runs through the whole network. One forward pass of the teacher over a t
 layer's inputs (moments.py); after that each layer is a small problem of its own (weighted.py), solved one layer a thread.
 """
 
-import hashlib
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from tnlib.fit_store import FitStore
 from tnlib.form import measured_error
-from tnlib.layer_fit import Found, Job, LayerFit, fit_job
+from tnlib.layer_fit import Job, fit_job
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.moments import second_moments
-from tnlib.records import write_atomic
 from tnlib.shapes import ShapeError, check_weight, weight_of
 
 KINDS = (FactorizedLinear, FactorizedEmbedding, SplitLinear)
@@ -36,16 +33,19 @@ def fit_layers_(
     shrink=1.0,
     batch=4,
     memory_gb=4.0,
+    seed=0,
     progress=None,
     out=None,
 ):
     """Fit every factorized layer of `student` to the outputs of its dense layer in `teacher`, in place.
 
-    windows: (windows, context) int64, the calibration text; held_out: windows that are only measured on
+    windows: (windows, context) int64, the calibration text; held_out: windows that are only measured on. Either may be what
+        second_moments returned for the same modules instead, so that several students share one pass
     steps: most alternations, or gradient steps, a layer; learning_rate: of gradient steps, in units of a factor's size
     shrink: s adds white noise worth s * in tokens to the second moment, at the power of the median channel. 0 trusts the
         text alone; large values lead back to the plain Frobenius fit. With fewer tokens than inputs, 0 overfits badly
     batch: windows a forward pass; memory_gb: of second moments held at once; more layers than that take further passes
+    seed: taken for the sake of callers that pass a run's seed; nothing here is random
     progress: a bar over layers (default: only on a terminal)
     out: a folder in which each fitted layer is saved; a killed run that is started again goes on from there
     Returns: list of LayerFit, in the model's order. A bias is fitted along. Tied layers (embedding and head) are fitted
@@ -58,15 +58,14 @@ def fit_layers_(
     """
     jobs = _jobs(student, teacher)
     settings = {"steps": steps, "learning_rate": learning_rate, "shrink": shrink}
-    store = None if out is None else _Store(Path(out), teacher, windows, held_out, settings)
+    store = None if out is None else FitStore(Path(out), teacher, windows, held_out, settings)
     done = {job.name: found for job in jobs if store and (found := store.load(job))}
     hide = not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=len(jobs), initial=len(done), desc="fit layers", disable=hide) as bar:
         limit = memory_gb * 1e9 / (1 if held_out is None else 2)
         for group in _groups([job for job in jobs if job.name not in done], limit):
             names = [name for job in group for name in job.names]
-            seen = second_moments(teacher, windows, names, batch, missing=True)
-            held = {} if held_out is None else second_moments(teacher, held_out, names, batch, missing=True)
+            seen, held = (_moments(teacher, text, names, batch) for text in (windows, held_out))
             for job, found in _in_threads(group, partial(fit_job, seen=seen, held=held, **settings)):
                 done[job.name] = found
                 if store:
@@ -114,6 +113,20 @@ def _dense(teacher, name, layer):
     return dense
 
 
+def _moments(teacher, text, names, batch):
+    """Moments of the named modules, from windows or out of a dictionary of moments; {} without a text."""
+    if text is None:
+        return {}
+    if not isinstance(text, dict):
+        return second_moments(teacher, text, names, batch, missing=True)
+    if missing := [name for name in names if name not in text]:
+        raise ValueError(
+            f"fit_layers_: got moments of {len(text)} modules, without {missing[0]} ({len(missing)} missing); needed all that were "
+            "factorized. Ask second_moments for them, or give windows."
+        )
+    return {name: text[name] for name in names}
+
+
 def _groups(jobs, limit):
     """Consecutive jobs whose second moments take at most `limit` bytes together; a single one may take more."""
     group, size = [], 0
@@ -156,62 +169,3 @@ def _write(student, job, found):
 
 def _dense_of(part, factors):
     return part.form.to_dense(factors, part.shape)
-
-
-@dataclass(frozen=True)
-class _Store:
-    """Fitted layers as safetensors files, one a layer, each with the fingerprint of all that it came from."""
-
-    folder: Path
-    teacher: torch.nn.Module
-    windows: torch.Tensor
-    held_out: torch.Tensor | None
-    settings: dict
-
-    def __post_init__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        texts = [text for text in (self.windows, self.held_out) if text is not None]
-        object.__setattr__(self, "text", _digest([*self.teacher.state_dict().values(), *texts], self.settings))
-
-    def load(self, job):
-        """The Found of an earlier run, None where there is none. Raises: ValueError for another run's."""
-        from safetensors import safe_open
-
-        path = self.folder / f"{job.name}.safetensors"
-        if not path.exists():
-            return None
-        with safe_open(path, framework="pt") as file:
-            kept, names = file.metadata(), file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-        if kept.get("fingerprint") != self._fingerprint(job):
-            raise ValueError(
-                f"fit_layers_: {path} is of another run: teacher, student, text or settings differ; needed the same ones to go "
-                "on with it. Give out= another folder, or delete this one."
-            )
-        device = next(job.layer.parameters()).device
-        parts = [{name: tensors[f"{k}.{name}"].to(device) for name in part.factors} for k, part in enumerate(job.parts)]
-        bias = tensors["bias"].to(device) if "bias" in tensors else None
-        return Found(parts, bias, LayerFit(**json.loads(kept["row"])))
-
-    def save(self, job, found):
-        from safetensors.torch import save
-
-        tensors = {f"{k}.{n}": f.cpu().contiguous() for k, part in enumerate(found.factors) for n, f in part.items()}
-        if found.bias is not None:
-            tensors["bias"] = found.bias.cpu()
-        row = {"fingerprint": self._fingerprint(job), "row": json.dumps(asdict(found.row))}
-        write_atomic(self.folder / f"{job.name}.safetensors", save(tensors, metadata=row))
-
-    def _fingerprint(self, job):
-        forms = [str(part.form) for part in job.parts]
-        return _digest([f for part in job.parts for f in part.factors.values()], [self.text, job.names, forms])
-
-
-def _digest(tensors, facts):
-    """Fingerprint of tensors, bit for bit, and of plain facts."""
-    total = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        total.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
-    return total.hexdigest()

@@ -32,7 +32,7 @@ class Metric:
     def relative_to(self, weight):
         """The same metric with squared norm 1 (2 where both parts are given) for `weight`; a weight of norm 0 is left alone."""
         parts = [
-            None if part is None else part / max(1e-300, float((weight * Metric(**{name: part}).times(weight)).sum()))
+            None if part is None else part / max(1e-300, Metric(**{name: part}).square(weight))
             for name, part in (("second", self.second), ("rows", self.rows))
         ]
         return Metric(*parts)
@@ -45,10 +45,14 @@ class Metric:
         out = 0 if self.second is None else difference @ self.second
         return out if self.rows is None else out + self.rows[:, None] * difference
 
+    def square(self, difference):
+        """|D|^2 in this metric."""
+        return float((difference * self.times(difference)).sum())
+
     def error(self, difference, weight):
         """|D| / |W| in this metric; 0 for a weight of norm 0."""
-        total = float((weight * self.times(weight)).sum())
-        return math.sqrt(max(0.0, float((difference * self.times(difference)).sum())) / total) if total > 0 else 0.0
+        total = self.square(weight)
+        return math.sqrt(max(0.0, self.square(difference)) / total) if total > 0 else 0.0
 
 
 def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
@@ -99,7 +103,7 @@ def _alternate(form, factors, weight, second, sweeps):
     seen = (weight @ second).reshape(l0, r0, l1, r1)  # (i, j, p, q)
     by_left = seen.permute(0, 2, 1, 3).reshape(l0 * l1, r0 * r1)  # (i p, j q)
     by_right = seen.permute(1, 3, 0, 2).reshape(r0 * r1, l0 * l1)  # (j q, i p)
-    total = float((weight * (weight @ second)).sum())
+    total = Metric(second).square(weight)
     loss = math.inf
     for _ in range(sweeps):
         system = _system(right, pairs)  # (k*l1, k*l1)
