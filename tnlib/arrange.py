@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tnlib.assign import assign
+from tnlib.assign import EXACT, assign
 from tnlib.spectrum import truncate
 from tnlib.van_loan import rearrange, restore, right_basis
 
+SMALL = 64  # numbers in a right factor up to which `regroup` helps, and long assignments are quick
 SWAPPED = 8  # most slots whose rows are also exchanged in pairs: beyond it reassign does as well
 
 
@@ -33,6 +34,7 @@ class Arrangement:
     columns: torch.Tensor  # (in,)
     basis: torch.Tensor | None = None  # (r0*r1, terms), orthonormal right factors, once fitted
     rho: float = 0.0
+    energy: float | None = None  # ||weight||^2
 
     @property
     def T(self):
@@ -46,8 +48,16 @@ class Arrangement:
     def fit(self):
         """Find basis and rho of the present order, from the last basis; returns the rearranged weight (l0*l1, r0*r1)."""
         blocks = rearrange(self.weight[self.rows][:, self.columns], self.left, self.right)
-        self.basis, self.rho = right_basis(blocks, self.terms, self.basis)
+        self.basis, found = right_basis(blocks, self.terms, self.basis)
+        if self.energy is None:
+            self.energy = max(float(blocks.double().square().sum()), 1e-300)
+        self.rho = min(1.0, found / self.energy) ** 0.5
         return blocks
+
+    @property
+    def exact(self):
+        """Rows up to which assignments are solved exactly: with few right factors any number takes little time."""
+        return 1 << 20 if self.right[0] * self.right[1] <= SMALL else EXACT
 
     def product(self):
         """The nearest sum of products (out, in), in the present order."""
@@ -61,7 +71,7 @@ def reassign(views):
     Exact: no rho falls in sum of squares, because the old order scores ||product||^2 and the new one no less.
     """
     scores = sum(view.product() @ view.weight[:, view.columns].T for view in views)  # (places, rows)
-    return assign(scores, views[0].rows)
+    return assign(scores, views[0].rows, views[0].exact)
 
 
 def regroup(views):

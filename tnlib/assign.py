@@ -1,9 +1,9 @@
-"""Which row goes where: the assignment of largest total score, exactly, or from a shortlist where that takes seconds."""
+"""Which row goes where: the assignment of largest total score, exactly, or block by block where that takes seconds."""
 
 import torch
 
-EXACT = 1024  # rows up to which scipy's dense solver is used: about 0.1 s there, and it grows with the third power
-SHORTLIST = 12  # best candidates of each row and of each column that a larger problem is solved on
+EXACT = 2048  # rows up to which scipy's solver gets the whole problem; its time grows with the third power at worst
+BLOCK = 1024  # rows of a block of a larger problem
 
 
 def assign(scores, current=None, exact=EXACT):
@@ -11,38 +11,28 @@ def assign(scores, current=None, exact=EXACT):
 
     scores: (n, n), row i a place, column x what may go there
     current: (n,) the permutation in force; the answer's total is never below its total
-    exact: largest n that is solved exactly. Above it each place has its SHORTLIST best candidates, each candidate its
-        SHORTLIST best places, and `current`: the best assignment among those, on noise 0.1 % short of the gain
-    Source: scipy's linear_sum_assignment (Crouse 2016); min_weight_full_bipartite_matching (Jonker & Volgenant 1987).
+    exact: largest n that is solved as a whole. Above it, places are dealt at random into blocks of at most BLOCK, and each
+        block is solved exactly among the rows that it holds; another call deals differently
+    Source: scipy's linear_sum_assignment (Crouse 2016). A sparse solver on a shortlist of good scores is no way out: where
+        rows differ much in norm it took minutes.
     Exact up to `exact` rows: no permutation has a larger total.
     """
     n = len(scores)
-    current = torch.arange(n) if current is None else current
-    found = _dense(scores) if n <= exact else _sparse(scores, current)
+    scores, current = scores.cpu(), torch.arange(n) if current is None else current
     places = torch.arange(n)
+    if n <= exact:
+        found = _solve(scores)
+    else:
+        generator = torch.Generator().manual_seed(int((places * current).sum()) % 2**31)  # another order, other blocks
+        found = current.clone()
+        for some in torch.randperm(n, generator=generator).chunk(-(-n // BLOCK)):
+            here = current[some]
+            found[some] = here[_solve(scores[some][:, here])]
     better = scores[places, found].double().sum() > scores[places, current].double().sum()
     return found if better else current
 
 
-def _dense(scores):
+def _solve(scores):
     from scipy.optimize import linear_sum_assignment
 
-    return torch.as_tensor(linear_sum_assignment(scores.cpu().numpy(), maximize=True)[1])
-
-
-def _sparse(scores, current):
-    """Sparse Jonker-Volgenant on the shortlist; with `current` in it there is always a full matching."""
-    from scipy.sparse import csr_array
-    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
-
-    n, scores = len(scores), scores.cpu()
-    listed = torch.zeros(n, n, dtype=torch.bool)
-    listed.scatter_(1, scores.topk(SHORTLIST, 1).indices, True)
-    listed.scatter_(0, scores.topk(SHORTLIST, 0).indices, True)
-    listed[torch.arange(n), current] = True
-    place, row = listed.nonzero(as_tuple=True)  # sorted by place
-    cost = scores[place, row].double()
-    cost = cost.max() - cost + 1.0  # a zero would be taken for an absent entry
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
-    graph = csr_array((cost.numpy(), row.int().numpy(), starts.int().numpy()), shape=(n, n))
-    return torch.as_tensor(min_weight_full_bipartite_matching(graph)[1]).long()
+    return torch.as_tensor(linear_sum_assignment(scores.numpy(), maximize=True)[1])

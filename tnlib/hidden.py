@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tnlib.arrange import Arrangement, reassign, regroup, sorted_orders
+from tnlib.arrange import SMALL, Arrangement, reassign, regroup, sorted_orders
 from tnlib.families import FAMILIES, patterns
 from tnlib.kronecker import Kronecker
-from tnlib.permute import SMALL
 from tnlib.plan import tied_names
 from tnlib.recipe import RecipeError, dense_modules, match, model_type
 from tnlib.shapes import ShapeError, weight_of
@@ -149,7 +148,7 @@ def _climb(views, sweeps):
 
 def _kept(views):
     """Sum of ||product||^2 over the matrices."""
-    return sum(float(view.weight.double().square().sum()) * view.rho**2 for view in views)
+    return sum(view.energy * view.rho**2 for view in views)
 
 
 def _rhos(names, views):

@@ -11,15 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from tnlib.arrange import Arrangement, reassign, regroup, sorted_orders
+from tnlib.arrange import SMALL, Arrangement, reassign, regroup, sorted_orders
 from tnlib.assign import assign
 from tnlib.form import positive
 from tnlib.shapes import ShapeError
-from tnlib.van_loan import check_products, nearest_kronecker
+from tnlib.van_loan import check_products
 
 AXES = {"rows": ("rows",), "columns": ("columns",), "both": ("rows", "columns")}
 SEARCHES = ("sorted", "damped")
-SMALL = 64  # numbers in a right factor up to which `regroup` helps
 
 
 class Permutation(NamedTuple):
@@ -123,9 +122,9 @@ def _damped(given, axes, sweeps, starts, seed):
             for axis in axes:
                 target = (1 - t) * target + t * state.product()
                 if axis == "rows":
-                    state.rows = assign(target @ state.weight[:, state.columns].T, state.rows)
+                    state.rows = assign(target @ state.weight[:, state.columns].T, state.rows, state.exact)
                 else:
-                    state.columns = assign(target.T @ state.weight[state.rows], state.columns)
+                    state.columns = assign(target.T @ state.weight[state.rows], state.columns, state.exact)
             state.fit()
             history.append(state.rho)
         yield state, history, "identity" if starts == "identity" else f"random {number}"
@@ -165,9 +164,3 @@ def _null(shape, left, right, terms, seeds, options):
         gains.append(found.rho - found.before)
     gains = torch.tensor(gains, dtype=torch.float64)
     return float(gains.mean()), float(gains.std(correction=0))
-
-
-def exact_rho(weight, found, left, right, terms=1):
-    """rho of the order found, by Van Loan's fit itself."""
-    error = nearest_kronecker(weight[found.rows][:, found.columns], left, right, terms).error
-    return float((1 - error**2).clamp_min(0).sqrt())

@@ -75,18 +75,17 @@ def check_products(where, weight, left, right, terms):
 
 
 def right_basis(blocks, terms, start=None):
-    """Orthonormal right factors of the best sum of products, and the share of the norm that they find.
+    """Orthonormal right factors of the best sum of products, and the energy that they find.
 
     blocks: (l0*l1, r0*r1), a rearranged weight; start: (r0*r1, terms), a basis to iterate from
-    Returns: basis (r0*r1, terms); rho = ||blocks @ basis|| / ||blocks||
+    Returns: basis (r0*r1, terms); ||blocks @ basis||^2
     Exact up to r0*r1 = 512, by the Gram matrix; above that by subspace iteration, which never ends below where it started.
     """
-    width, total = blocks.shape[1], float(blocks.double().square().sum())
+    width = blocks.shape[1]
     if width <= GRAM_LIMIT:
         wide = blocks.double()
         squares, basis = torch.linalg.eigh(wide.T @ wide)  # ascending
-        kept = float(squares[-terms:].clamp_min(0).sum())
-        return basis[:, -terms:].to(blocks.dtype), (kept / max(total, 1e-300)) ** 0.5
+        return basis[:, -terms:].to(blocks.dtype), float(squares[-terms:].clamp_min(0).sum())
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(width, terms + 7, generator=generator).to(blocks)  # (width, terms + 7)
     if start is not None:
@@ -99,4 +98,4 @@ def right_basis(blocks, terms, start=None):
         if now - found <= 1e-4 * now:
             break
         block, found = torch.linalg.qr(blocks.T @ image @ turn.flip(1)).Q, now
-    return best, (now / max(total, 1e-300)) ** 0.5
+    return best, now
