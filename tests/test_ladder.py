@@ -19,6 +19,7 @@ RUNGS = [
     ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore", "schedule", "layer_fit"],
+    ["fit_store"],
     ["objective"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local"],
