@@ -287,7 +287,13 @@ def test_shared_factors_stay_shared_and_are_stored_once(tmp_path):
     heal(again, teacher, WINDOWS, LOGITS, budget, tmp_path / "run")
     assert again.transformer.wte.left is again.lm_head.left
     assert distance(again, student) == 0
+    order = torch.arange(96)
+    for module in (student.transformer.wte, student.lm_head):  # as a permuted table keeps it
+        module.register_buffer("order", order)
     save_weights(student, tmp_path / "x.safetensors")
+    order.zero_()
+    load_weights_(student, tmp_path / "x.safetensors")
+    assert order.tolist() == list(range(96))
     with pytest.raises(ValueError, match=r"x\.safetensors: tensors .* do not fit the student"):
         load_weights_(teacher, tmp_path / "x.safetensors")
 

@@ -129,20 +129,16 @@ def step_of(checkpoint):
 
 
 def weights(model):
-    """Parameters and persistent buffers, a shared one once: contiguous tensors by name; sharded ones are gathered."""
+    """Parameters and persistent buffers by name, each once however many modules share it, contiguous, sharded ones gathered."""
     for module in model.modules():
-        if hasattr(
-            module, "reshard"
-        ):  # FSDP leaves some parameters whole after a forward, in memory that it frees later
+        if hasattr(module, "reshard"):  # FSDP leaves some parameters whole after a forward, in memory that it frees later
             module.reshard()
-    return {name: _whole(tensor.detach()).contiguous() for name, tensor in _each_once(model).items()}
+    return {name: _whole(tensor.detach()).contiguous() for name, tensor in _own(model).items()}
 
 
-def _each_once(model):
-    """Parameters and persistent buffers by the first of their names."""
-    buffers = {name for name, _ in model.named_buffers()}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name in buffers}
-    return dict(model.named_parameters()) | kept
+def _own(model):
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def save_weights(model, path):
@@ -162,7 +158,7 @@ def load_weights_(model, path):
 
 def put_weights_(model, saved, where):
     """load_weights_ from tensors by name."""
-    own = _each_once(model)
+    own = _own(model)
     if {n: tuple(t.shape) for n, t in own.items()} != {n: tuple(t.shape) for n, t in saved.items()}:
         odd = sorted(set(own) ^ set(saved)) or [n for n in own if own[n].shape != saved[n].shape]
         raise ValueError(
