@@ -120,7 +120,8 @@ def _search(views, sweeps):
     beside, split = torch.cat([view.weight for view in given], 1), (given[0].left[0], given[0].right[0])
     orders = [rows for rows, _ in sorted_orders(beside, (split[0], 1), (split[1], 1))] if min(split) > 1 else []
     start = max((_placed(given, rows) for rows in orders), key=_kept, default=given)
-    best = max((_climb(some, sweeps) for some in ([replace(v) for v in given], start)), key=_kept)
+    ahead = max((_climb(some, 1) for some in ([replace(v) for v in given], start)), key=_kept)
+    best = _climb(ahead, sweeps - 1)
     return HiddenOrder(best[0].rows, before, _rhos(names, best))
 
 

@@ -78,29 +78,34 @@ def _shuffled(order, l_size, small_right):
 
 
 def _sorted(given, axes, sweeps):
-    """Two runs: from the order as given, and from the best of the sorted orders."""
-    yield (*_climb(replace(given), axes, sweeps), "as given")
+    """From the order as given and from the best of the sorted ones a first sweep each; the better goes on alone."""
     candidates = []
     for rows, columns in sorted_orders(given.weight, given.left, given.right):
         order = {"rows": rows, "columns": columns}
         candidates.append(replace(given, basis=None, **{axis: order[axis] for axis in axes}))
         candidates[-1].fit()
+    runs = [(replace(given), [given.rho], "as given")]
     if candidates:
-        yield (*_climb(max(candidates, key=lambda c: c.rho), axes, sweeps), "sorted")
+        best = max(candidates, key=lambda c: c.rho)
+        runs.append((best, [best.rho], "sorted"))
+    for state, history, _ in runs:
+        _climb(state, axes, 1, history)
+    ahead = max(runs, key=lambda run: run[0].rho)
+    _climb(ahead[0], axes, sweeps - 1, ahead[1])
+    yield ahead
 
 
-def _climb(state, axes, sweeps):
-    """Moves that never lower rho, until a sweep gains less than 1e-5 of it."""
-    history, moves = [state.rho], (reassign, regroup) if state.right[0] * state.right[1] <= SMALL else (reassign,)
+def _climb(state, axes, sweeps, history):
+    """Moves that never lower rho, until a sweep gains less than 1e-5 of it; `history` grows by rho after each."""
+    moves = (reassign, regroup) if state.right[0] * state.right[1] <= SMALL else (reassign,)
     for _ in range(sweeps):
+        if len(history) > 2 and history[-1] - history[-2] <= 1e-5 * history[-2]:
+            break
         for axis, move in itertools.product(axes, moves):
             state.fit()
             setattr(state, axis, move([state if axis == "rows" else state.T]))
         state.fit()
         history.append(state.rho)
-        if history[-1] - history[-2] <= 1e-5 * history[-2]:
-            break
-    return state, history
 
 
 def _damped(given, axes, sweeps, starts, seed):
