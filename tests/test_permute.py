@@ -90,6 +90,16 @@ def test_the_other_axis_stays(axis, search):
         assert not moved.equal(torch.arange(len(moved)))
 
 
+@pytest.mark.parametrize("search", ["sorted", "damped"])
+def test_a_tall_tables_columns_need_their_inner_products_only(search):
+    weight = planted((300, 12), (1, 2), noise=0.1)
+    found = permute_kronecker(weight, (300, 12), (1, 2), axes="columns", search=search)
+    assert found.rows.equal(torch.arange(300))
+    error = float(nearest_kronecker(weight[:, found.columns], (300, 12), (1, 2)).error)
+    assert found.rho == pytest.approx((1 - error**2) ** 0.5, abs=1e-9)
+    assert search == "damped" or error < 0.15
+
+
 def test_with_tiny_factors_the_natural_order_is_a_fixed_point_of_the_published_search():
     weight = torch.randn(48, 96, dtype=torch.float64)
     stuck = permute_kronecker(weight, (24, 48), (2, 2), terms=2, search="damped", starts="identity")

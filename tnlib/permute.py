@@ -56,6 +56,8 @@ def permute_kronecker(
             f"{', '.join(AXES)}, a search of {', '.join(SEARCHES)}, one (out, in) weight. Loop over a batch."
         )
     weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+    tall = axes == "columns" and right[0] == 1 and weight.shape[0] > weight.shape[1]
+    full, weight, left = weight, *(_columns_only(weight, left) if tall else (weight, left))
     small_right = left[0] * left[1] >= right[0] * right[1]
     sides = (tuple(left), tuple(right)) if small_right else (tuple(right), tuple(left))  # kron(A, B), or kron(B, A) shuffled
     given = Arrangement(weight, *sides, terms, *(_natural(n, a, small_right) for n, a in zip(weight.shape, left)))
@@ -63,7 +65,17 @@ def permute_kronecker(
     runs = _sorted(given, AXES[axes], sweeps or 20) if search == "sorted" else _damped(given, AXES[axes], sweeps or 5, starts, seed)
     best, history, start = max(runs, key=lambda run: run[0].rho)
     rows, columns = (_shuffled(o, b, small_right) for o, b in zip((best.rows, best.columns), left))
+    rows = torch.arange(len(full)) if tall else rows
     return Permutation(rows, columns, best.rho, given.rho, tuple(history), start)
+
+
+def _columns_only(weight, left):
+    """A square matrix with the columns' inner products, for a tall one whose columns alone move: an embedding.
+
+    With a right factor of one row, rho depends on the columns' Gram matrix only, whatever their order.
+    """
+    small = torch.linalg.qr(weight, mode="r").R  # (in, in)
+    return small, (len(small), left[1])
 
 
 def _natural(size, l_size, small_right):
