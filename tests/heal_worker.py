@@ -84,7 +84,7 @@ def slow():
     ending = Keeper.on_step_end
 
     def on_step_end(self, *args, **kwargs):
-        time.sleep(0.03)
+        time.sleep(0.2)
         return ending(self, *args, **kwargs)
 
     Keeper.on_step_end = on_step_end

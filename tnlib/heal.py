@@ -72,7 +72,10 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     teacher = teacher if set(heal.needs_teacher) - {"local"} else None
     trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
     _log_to_tensorboard(trainer, folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.keeper.bar.close()
     best = trainer.keeper.best_weights
     if best is not None or trained is not student:
         put_weights_(student, weights(trained) if best is None else best, "heal")
