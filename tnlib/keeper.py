@@ -1,4 +1,4 @@
-"""What happens between the steps of a healing: rows of its history, early stopping, progress, and what a checkpoint adds."""
+"""What happens between the steps of a healing: rows of its history, early stopping, progress, checkpoints."""
 
 import json
 import time
