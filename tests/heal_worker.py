@@ -1,4 +1,4 @@
-"""One process that imports once and then forks a child for each scenario of tests/test_heal.py: python heal_worker.py FOLDER
+"""Imports once, then forks a child for each scenario of tests/test_heal.py: python heal_worker.py FOLDER
 
 Every child heals the same tiny model for the same budget on one thread; some are killed, some run out of disk, some are
 two ranks of one run. What they leave in FOLDER/SCENARIO is for the tests to compare.
@@ -84,7 +84,7 @@ def slow():
     ending = Keeper.on_step_end
 
     def on_step_end(self, *args, **kwargs):
-        time.sleep(0.03)
+        time.sleep(0.2)
         return ending(self, *args, **kwargs)
 
     Keeper.on_step_end = on_step_end

@@ -1,4 +1,4 @@
-"""heal(): equal to a plain loop, indifferent to how batches are cut, resumed to the bit, and polite to the models it is given."""
+"""heal(): equal to a plain loop, indifferent to how batches are cut, resumed to the bit, polite to its models."""
 
 import copy
 import gc

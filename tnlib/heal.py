@@ -30,9 +30,10 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
     data: windows (n, context) int64 as from token_windows, or a dictionary of tensors such as input_ids, attention_mask
         and labels with one example a row; or a pair of these: (train, validation)
     heal, budget: a Heal (a recipe's, or yours) and a Budget
-    out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it was
-        finished; other arguments are refused. None: nothing is kept
-    seed: order of the data, and dropout where the model's configuration has any; progress: bar, and curve in a notebook (default: where someone watches)
+    out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it
+        was finished; other arguments are refused. None: nothing is kept
+    seed: order of the data, and dropout where the model's configuration has any
+    progress: a bar, and in a notebook a curve (default: where someone watches)
     Returns: History
     Raises: ValueError (RecipeError for names) with what was got and needed, FloatingPointError when a loss is not finite
     Trains where the student is, on one device; under `accelerate launch`, where accelerate puts it, batch shared out.
@@ -72,7 +73,10 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     teacher = teacher if set(heal.needs_teacher) - {"local"} else None
     trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
     _log_to_tensorboard(trainer, folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.keeper.bar.close()
     best = trainer.keeper.best_weights
     if best is not None or trained is not student:
         put_weights_(student, weights(trained) if best is None else best, "heal")
@@ -83,7 +87,7 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
 
 
 def _to_shard(student):
-    """A copy for FSDP, which replaces parameters and classes for good; factors that embedding and head share stay in one group."""
+    """A copy for FSDP, which changes a model for good. Factors that embedding and head share stay in one group."""
     copied = copy.deepcopy(student)
     if isinstance(student.get_input_embeddings(), FactorizedEmbedding):
         copied.get_input_embeddings = copied.get_output_embeddings = lambda: None  # accelerate would part them
@@ -212,7 +216,7 @@ def _as_before(model, attention):
 
 
 def _stop_recomputing(model, hooked):
-    """Undo gradient checkpointing, under the name that this version of transformers has for it, and the hook it needed."""
+    """Undo gradient checkpointing, under the name that this version of transformers gives it, and its hook."""
     names = ("activation", "gradient")
     kind = next((name for name in names if hasattr(model, f"{name}_checkpointing_disable")), None)
     if kind and getattr(model, f"is_{kind}_checkpointing", False):

@@ -1,4 +1,4 @@
-"""The course of a healing: one row every few steps, in memory, in history.csv, and as a curve that grows in a notebook."""
+"""The course of a healing: one row every few steps, in memory, in history.csv, and as a curve in a notebook."""
 
 import csv
 import io

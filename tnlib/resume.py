@@ -129,9 +129,9 @@ def step_of(checkpoint):
 
 
 def weights(model):
-    """Parameters and persistent buffers by name, each once however many modules share it, contiguous, sharded ones gathered."""
+    """Parameters and persistent buffers by name, each once, contiguous, sharded ones gathered."""
     for module in model.modules():
-        if hasattr(module, "reshard"):  # FSDP leaves some parameters whole after a forward, in memory that it frees later
+        if hasattr(module, "reshard"):  # FSDP leaves some whole after a forward, in memory that it frees later
             module.reshard()
     return {name: _whole(tensor.detach()).contiguous() for name, tensor in _own(model).items()}
 

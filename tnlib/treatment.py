@@ -54,7 +54,8 @@ class Heal:
     learning_rate, final_learning_rate: peak and end of the schedule; None ends "cosine" and "linear" at 0
     schedule: "cosine", "linear" or "constant", after `warmup`, a share of all steps, has risen linearly to the peak
     weight_decay: of tensors with two axes or more; biases, norms and scalars are never decayed
-    train: "all", "factors" (of factorized layers, all else frozen), or patterns of parameter or module names
+    train: "all" (that the caller did not freeze), "factors" (of factorized layers, all else frozen), or patterns of
+        parameter or module names
     curriculum_steps: one more layer's hidden states and attention are matched every so many steps; the losses in
         AFTER_CURRICULUM join after the last layer, and the learning rate drops to its final value then. 0: all at once
     Raises: RecipeError that names the field and lists what is known
