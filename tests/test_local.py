@@ -266,6 +266,16 @@ def test_bands_of_a_fused_matrix_and_tied_tables():
     assert student.lm_head.error == student.transformer.wte.error == fit.frobenius_after
 
 
+def test_fewer_tokens_than_inputs_fit_that_text_exactly_and_others_badly_without_shrinkage():
+    held = {}
+    for shrink in (0.0, 1.0):
+        student, teacher = pair("llama", LowRank(rank=16), "down", dtype=torch.float32)
+        fit = fit_layers_(student, teacher, WINDOWS[:1, :10], held_out=HELD, shrink=shrink)[0]  # 10 tokens, 48 inputs
+        held[shrink] = fit.held_after
+        assert (fit.after < 1e-2) == (shrink == 0)
+    assert held[1.0] < held[0.0]
+
+
 def test_students_share_moments_that_were_collected_once():
     fits = []
     for shared in (False, True):

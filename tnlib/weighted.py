@@ -81,10 +81,19 @@ def _whitened_svd(rank, weight, metric):
         basis = torch.linalg.qr(right.mT).Q  # (in, r)
         left, right = truncate(weight @ basis).balanced()  # (out, r), (r, r)
         return {"left": left, "right": right @ basis.mT}
-    root = torch.linalg.cholesky(metric.second.double())  # (in, in), lower
+    root = _root(metric.second.double())  # (in, in)
     basis = torch.linalg.qr(truncate(weight @ root, rank).left).Q  # (out, r)
     left, right = truncate(basis.mT @ weight).balanced()  # (r, r), (r, in)
     return {"left": basis @ left, "right": right}
+
+
+def _root(second):
+    """S with S S.T = second (in, in); through eigenvalues where rounding made it indefinite, as fewer inputs than axes do."""
+    root, failed = torch.linalg.cholesky_ex(second)
+    if failed:
+        squares, axes = torch.linalg.eigh(second)
+        root = axes * squares.clamp_min(0).sqrt()
+    return root
 
 
 def _largest(form):
