@@ -65,7 +65,9 @@ def permute_hidden_(model, orders):
             raise RecipeError(f"permute_hidden_: got block {block!r}; needed one of {', '.join(blocks)}.")
         for name, (role, module, _) in blocks[block].items():
             if len(tied_names(model, name)) > 1:
-                raise RecipeError(f"permute_hidden_: {name} is tied to another module; needed one of its own. Untie them first.")
+                raise RecipeError(
+                    f"permute_hidden_: {name} is tied to another module; needed one of its own. Untie them first."
+                )
             weight = weight_of(module).detach()  # (out, in), a view
             moves.append((weight, weight[:, order] if role == "down" else weight[order]))
             if role != "down" and getattr(module, "bias", None) is not None:
@@ -99,7 +101,7 @@ def _kronecker(rule, module):
 
 def _view(name, role, module, form):
     """An arrangement whose rows are the neurons."""
-    weight = weight_of(module).detach()
+    weight = weight_of(module).detach().cpu()
     weight = weight if weight.dtype == torch.float64 else weight.float()
     natural = (torch.arange(size) for size in weight.shape)
     view = Arrangement(weight, form.left, form.right, form.terms, *natural)

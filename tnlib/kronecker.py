@@ -169,7 +169,8 @@ class Kronecker(Form):
         moved = torch.stack([one[f.rows][:, f.columns] for one, f in zip(batch, found)]).reshape(weight.shape)
         orders = {"row_order": [f.rows.argsort() for f in found], "column_order": [f.columns for f in found]}
         kept = {name: orders[name] for name in self.index_shapes(weight.shape[-2:])}
-        return moved, {n: torch.stack(o).int().reshape(*weight.shape[:-2], -1) for n, o in kept.items()}
+        orders = {n: torch.stack(o).int().reshape(*weight.shape[:-2], -1) for n, o in kept.items()}
+        return moved, {name: order.to(weight.device) for name, order in orders.items()}
 
     def to_dense(self, factors, shape):
         """The weight (…, out, in) that the factors stand for, by one GEMM over the terms."""

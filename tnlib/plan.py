@@ -88,7 +88,9 @@ class Plan:
                 f"{self.total + self.head:,} if a dense output head ({self.head:,}) is stored beside the tied factors",
             )
         if self.index_bytes:
-            lines.append(f"{self.index_bytes:,} bytes of row and column orders (int32) beside the parameters, not counted above")
+            lines.append(
+                f"{self.index_bytes:,} bytes of row and column orders (int32) beside the parameters, not counted above"
+            )
         return lines
 
     def __str__(self):
@@ -136,7 +138,9 @@ def plan(model, recipe, tokens=512):
     positions = sum(m.weight.numel() for n, m in model.named_modules() if _POSITIONS.search(n) and hasattr(m, "weight"))
     total = dense_total - sum(removed.values()) + added
     index_bytes = sum(4 * math.prod(n) * row.split for row in rows for n in row.form.index_shapes(row.shape).values())
-    return Plan(recipe.name, tuple(rows), dense_total, total, positions, head_saved, tokens, dense_flops, flops, index_bytes)
+    return Plan(
+        recipe.name, tuple(rows), dense_total, total, positions, head_saved, tokens, dense_flops, flops, index_bytes
+    )
 
 
 def _row(recipe, name, module, rule):
