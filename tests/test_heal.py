@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -322,7 +323,7 @@ def test_local_distillation_comes_first(monkeypatch):
     def fit_layers_(student, teacher, windows, **options):
         calls.append((windows.shape, options["steps"], options["seed"], options["out"]))
 
-    monkeypatch.setitem(sys.modules, "tnlib.local", types.SimpleNamespace(fit_layers_=fit_layers_))
+    monkeypatch.setattr(importlib.import_module("tnlib.heal"), "fit_layers_", fit_layers_)
     student, teacher = models()
     how = Heal(losses=(("local", 1.0), ("next_token", 1.0)))
     history = heal(student, teacher, WINDOWS, how, replace(SHORT, local_steps=7), seed=5)
@@ -373,7 +374,7 @@ def test_what_heal_and_budget_refuse(make, error, words):
     ],
 )
 def test_what_a_call_is_refused_for(change, words, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tnlib.local", types.SimpleNamespace(fit_layers_=lambda *args, **options: None))
+    monkeypatch.setattr(importlib.import_module("tnlib.heal"), "fit_layers_", lambda *args, **options: None)
     student, teacher = models()
     given = {"student": student, "teacher": teacher, "data": WINDOWS, "heal": LOGITS, "budget": SHORT} | change
     with pytest.raises(ValueError, match=f"(?s){words}"):

@@ -16,6 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from tnlib.examples import Examples, split
 from tnlib.history import History, read_history
 from tnlib.layers import FactorizedEmbedding
+from tnlib.local import fit_layers_
 from tnlib.resume import Folder, digest, fingerprint, only_one, put_weights_, weights
 from tnlib.schedule import select_trainable_
 from tnlib.teacher import check_windows
@@ -169,7 +170,6 @@ def _log_to_tensorboard(trainer, folder):
 
 def _fit_locally(student, teacher, windows, budget, folder, seed, progress):
     """The pass that the loss "local" stands for: each factorized layer on the teacher's activations, no full backward."""
-    fit_layers_ = importlib.import_module("tnlib.local").fit_layers_
     out = folder.path / "local" if folder else None
     fit_layers_(student, teacher, windows, steps=budget.local_steps, seed=seed, progress=progress, out=out)
 

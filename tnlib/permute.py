@@ -56,18 +56,12 @@ def permute_kronecker(
             f"permute_kronecker: got axes={axes!r}, search={search!r}, weight {tuple(weight.shape)}; needed axes of "
             f"{', '.join(AXES)}, a search of {', '.join(SEARCHES)}, one (out, in) weight. Loop over a batch."
         )
-<<<<<<< HEAD
-    weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-    tall = axes == "columns" and right[0] == 1 and weight.shape[0] > weight.shape[1]
-    full, weight, left = weight, *(_columns_only(weight, left) if tall else (weight, left))
-    small_right = left[0] * left[1] >= right[0] * right[1]
-    sides = (tuple(left), tuple(right)) if small_right else (tuple(right), tuple(left))  # kron(A, B), or kron(B, A) shuffled
-=======
     weight = weight.detach().cpu()  # the assignments run there
     weight = weight if weight.dtype == torch.float64 else weight.float()
+    tall = axes == "columns" and right[0] == 1 and weight.shape[0] > weight.shape[1]
+    full, weight, left = weight, *(_columns_only(weight, left) if tall else (weight, left))
     small_right = left[0] * left[1] >= right[0] * right[1]  # else search for kron(B, A), which is kron(A, B) shuffled
     sides = (tuple(left), tuple(right)) if small_right else (tuple(right), tuple(left))
->>>>>>> permute
     given = Arrangement(weight, *sides, terms, *(_natural(n, a, small_right) for n, a in zip(weight.shape, left)))
     given.fit()
     if search == "sorted":
