@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config
 
 from tnlib.assets import AssetError, fetch, load_model, load_tokenizer
 from tnlib.evaluate import (
+    Comparison,
+    compare,
     flops_per_token,
     generate,
     kl_to_teacher,
@@ -124,6 +126,21 @@ def test_standard_error_covers_the_truth():
     found = [perplexity(model, part, batch=30) for part in ids.split(30)]
     inside = sum(abs(p.nll - truth) < 2 * p.stderr / p.value for p in found)
     assert 43 <= inside <= 50  # 50 trials at 0.95: mean 47.5, standard deviation 1.5
+
+
+def test_compare_is_a_paired_t_test():
+    x = [3.0, 3.5, 4.0, 2.0]
+    assert compare(x, x) == Comparison(value=0.0, stderr=0.0, verdict="no different")
+    found = compare([a + 0.1 + 0.01 * k for k, a in enumerate(x)], x)
+    assert found.verdict == "higher"
+    assert compare(x, [a + 0.1 + 0.01 * k for k, a in enumerate(x)]).verdict == "lower"
+    assert found.value == pytest.approx(0.115)
+    assert compare([1.0, 2.0], [0.0, 3.0]).verdict == "no different"
+    rejected = sum(compare(a, b).verdict != "no different" for a, b in torch.randn(1000, 2, 6).tolist())
+    assert 20 <= rejected <= 85  # 5 % of 1000 pairs from one population: mean 50, standard deviation 7
+    for bad in ([1.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="at least two"):
+            compare(bad, [1.0] if len(bad) == 1 else [1.0, 2.0])
 
 
 def test_flags_and_gradients_are_as_before():

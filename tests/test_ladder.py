@@ -10,7 +10,7 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth"],
     ["form", "data", "teacher"],
     ["van_loan"],
     ["arrange"],

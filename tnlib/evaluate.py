@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from scipy.special import stdtrit
 
 from tnlib.cost import flops_per_token, latency, peak_memory_mb, size
 
-__all__ = ["Divergence", "Perplexity", "flops_per_token", "generate", "kl_to_teacher", "latency", "peak_memory_mb"]
+__all__ = ["Comparison", "Divergence", "Perplexity", "compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "peak_memory_mb"]
 __all__ += ["perplexity", "size"]
 
 
@@ -50,6 +51,37 @@ class Divergence:
 
     def __str__(self):
         return f"{self.value:.4g} ± {self.stderr:.2g} nats per token ({self.tokens:,} tokens)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Difference of two models' losses over the same windows: mean, its standard error, and what may be said of it."""
+
+    value: float  # nats per token
+    stderr: float
+    verdict: str  # "lower", "higher" or "no different"
+
+    def __str__(self):
+        return f"{self.value:+.3f} ± {self.stderr:.3f} nats ({self.verdict})"
+
+
+def compare(losses, base, level=0.05):
+    """Whether a model's loss is lower or higher than another's, from their losses on the same windows.
+
+    losses, base: nats per token of each window, as in Perplexity.losses; level: of the two-sided paired t test
+    Returns: Comparison
+    Raises: ValueError for fewer than two windows, or unequal numbers of them
+    Source: Student 1908. Exact: compare(x, x) is zero and "no different".
+    """
+    if len(losses) != len(base) or len(base) < 2:
+        raise ValueError(
+            f"compare: {len(losses)} and {len(base)} windows; needed the same windows, at least two. Evaluate both models on them."
+        )
+    gap = torch.tensor(list(losses), dtype=torch.float64) - torch.tensor(list(base), dtype=torch.float64)
+    value, stderr = float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
+    clear = abs(value) > stdtrit(len(gap) - 1, 1 - level / 2) * stderr
+    verdict = "no different" if not clear else "lower" if value < 0 else "higher"
+    return Comparison(value=value, stderr=stderr, verdict=verdict)
 
 
 def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=None, progress=False):
