@@ -16,7 +16,7 @@ from tnlib.hidden import hidden_orders, permute_hidden_
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.papers import papers, skeleton
-from tnlib.permute import permutation_gain, permute_kronecker
+from tnlib.permute import noise_like, permutation_gain, permute_kronecker
 from tnlib.plan import plan, report
 from tnlib.recipe import Recipe, RecipeError, Rule
 from tnlib.shapes import ShapeError
@@ -168,6 +168,18 @@ def test_gain_on_noise_is_the_yardstick():
     assert of_noise.gain > 0.05  # the search always finds something
     assert abs(of_noise.beyond_null) < 0.05
     assert permutation_gain(planted((8, 8), (4, 4)).float(), (8, 8), (4, 4)).beyond_null > 0.3
+
+
+def test_noise_like_has_the_norms_and_nothing_else():
+    weight = torch.randn(32, 24, dtype=torch.float64) * torch.randn(32, 1, dtype=torch.float64).exp()
+    twin = noise_like(weight)
+    assert torch.allclose(twin.norm(dim=0), weight.norm(dim=0))
+    assert torch.allclose(twin.norm(dim=1), weight.norm(dim=1), rtol=1e-5)  # alternating: rows were scaled before columns
+    assert torch.equal(twin, noise_like(weight))
+    unequal = torch.randn(64, 64, dtype=torch.float64) * torch.randn(64, 1, dtype=torch.float64).exp()
+    only_norms = permutation_gain(unequal, (32, 32), (2, 2), seeds=2)
+    assert only_norms.beyond_null > 0.1  # beside Gaussian noise, norms look like structure
+    assert abs(only_norms.beyond_norms) < 0.05
 
 
 def test_the_seed_decides_and_more_starts_are_no_worse():

@@ -10,7 +10,7 @@ _PUBLIC = {
     "shapes": ["ShapeError", "balanced_modes", "fold", "unfold", "weight_of"],
     "low_rank": ["LowRank", "low_rank", "low_rank_errors"],
     "kronecker": ["Kronecker", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"],
-    "permute": ["permutation_gain", "permute_kronecker"],
+    "permute": ["noise_like", "permutation_gain", "permute_kronecker"],
     "tensor_train": ["TensorTrain", "tt_svd"],
     "tt_matrix": ["MPO", "TTMatrix", "ttm_svd"],
     "layers": ["FactorizedEmbedding", "FactorizedLinear", "SplitLinear"],
