@@ -1,4 +1,4 @@
-"""heal(): equal to a plain loop, indifferent to how batches are cut, resumed to the bit, and polite to the models it is given."""
+"""heal(): equal to a plain loop, indifferent to how batches are cut, resumed to the bit, polite to its models."""
 
 import copy
 import gc
@@ -19,16 +19,16 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 import tnlib.history
 import tnlib.resume
 from tnlib import Budget, Group, Heal, compress_and_heal, densify_, heal, perplexity, plan, precompute_teacher
+from tnlib.examples import Examples
 from tnlib.history import Curve, Log, read_history
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.papers import papers
 from tnlib.recipe import Recipe, RecipeError, Rule
-from tnlib.resume import load_weights_, save_weights, weights
+from tnlib.resume import load_weights_, only_one, save_weights, weights
 from tnlib.schedule import included_layers, kinds, parameter_groups, rate
 from tnlib.surgery import factorize_
-from tnlib.trainer import Examples
 
 WINDOWS = torch.randint(2, 96, (13, 12), generator=torch.Generator().manual_seed(0))
 SHORT = Budget(steps=4, batch=2)
@@ -57,7 +57,7 @@ def models(family="llama", dtype=torch.float64):
 
 
 def distance(one, other):
-    return max(float((a - b).abs().max()) for a, b in zip(one.parameters(), other.parameters()))
+    return max((a - b).abs().max().item() for a, b in zip(one.parameters(), other.parameters()))
 
 
 # ---- what is computed
@@ -184,7 +184,10 @@ def test_less_memory_comes_to_the_same(changes):
         ),
         ({"schedule": "linear", "warmup": 0.25}, [1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ({"schedule": "cosine"}, [(1 + torch.cos(torch.tensor(torch.pi * k / 8)).item()) / 2 for k in range(8)]),
-        ({"schedule": "constant", "final_learning_rate": 2e-5, "curriculum_steps": 2}, [1] * 6 + [0.2] * 2),
+        (
+            {"schedule": "constant", "final_learning_rate": 2e-5, "curriculum_steps": 2, "losses": (("hidden", 1.0),)},
+            [1] * 6 + [0.2] * 2,
+        ),
     ],
 )
 def test_rates(how, expected):
@@ -192,7 +195,7 @@ def test_rates(how, expected):
 
 
 def test_curriculum_takes_in_a_layer_at_a_time_then_the_rest():
-    how = Heal(schedule="constant", curriculum_steps=2)
+    how = Heal(losses=(("hidden", 1.0),), schedule="constant", curriculum_steps=2)
     assert [included_layers(how, step, 3) for step in range(8)] == [1, 1, 2, 2, 3, 3, 3, 3]  # Yang et al.
     student, teacher = models()
     how = replace(papers["qat-tt-rank30"].heal, curriculum_steps=2)
@@ -284,7 +287,13 @@ def test_shared_factors_stay_shared_and_are_stored_once(tmp_path):
     heal(again, teacher, WINDOWS, LOGITS, budget, tmp_path / "run")
     assert again.transformer.wte.left is again.lm_head.left
     assert distance(again, student) == 0
+    order = torch.arange(96)
+    for module in (student.transformer.wte, student.lm_head):  # as a permuted table keeps it
+        module.register_buffer("order", order)
     save_weights(student, tmp_path / "x.safetensors")
+    order.zero_()
+    load_weights_(student, tmp_path / "x.safetensors")
+    assert order.tolist() == list(range(96))
     with pytest.raises(ValueError, match=r"x\.safetensors: tensors .* do not fit the student"):
         load_weights_(teacher, tmp_path / "x.safetensors")
 
@@ -336,6 +345,7 @@ def test_local_distillation_comes_first(monkeypatch):
         (lambda: Heal(warmup=100), RecipeError, "a share of all steps"),
         (lambda: Heal(temperature=0), RecipeError, "temperature=0; needed a number above 0"),
         (lambda: Heal(curriculum_steps=5), RecipeError, "needed 'constant'"),
+        (lambda: Heal(curriculum_steps=5, schedule="constant"), RecipeError, "next_token, which all wait for its end"),
         (lambda: Heal(groups=({"wher": "rest"},)), RecipeError, "some of where, learning_rate, weight_decay"),
         (lambda: Budget(steps=0), ValueError, "steps=0; needed a whole number of at least 1"),
         (lambda: Budget(steps=5, precision="fp16"), ValueError, "needed one of fp32, bf16"),
@@ -359,6 +369,7 @@ def test_what_heal_and_budget_refuse(make, error, words):
         ({"heal": replace(LOGITS, train="lm_tail")}, r"train='lm_tail' claims no parameter.*model.layers.\*"),
         ({"heal": replace(LOGITS, groups=(Group(where="x.*"),))}, r"group 'x\.\*' claims no parameter"),
         ({"heal": Heal(losses=(("local", 1.0),))}, "no loss but 'local'"),
+        ({"student": torch.nn.Linear(2, 2)}, "student is a Linear; needed a transformers model"),
     ],
 )
 def test_what_a_call_is_refused_for(change, words, monkeypatch):
@@ -556,6 +567,13 @@ def test_other_arguments_in_the_same_folder_are_refused(tmp_path, change, words)
         heal(other, **given)
 
 
+def test_one_process_at_a_time_works_in_a_folder(tmp_path):
+    student, teacher = models(dtype=torch.float32)
+    with only_one(tmp_path), pytest.raises(ValueError, match="another process is at work in it"):
+        heal(student, teacher, WINDOWS, LOGITS, SHORT, tmp_path)
+    heal(student, teacher, WINDOWS, LOGITS, SHORT, tmp_path)
+
+
 def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     path = tmp_path / "history.csv"
     log = Log(path)
@@ -640,7 +658,7 @@ def test_no_partial_checkpoint_is_taken_for_a_whole_one(worked):
 @pytest.mark.parametrize(("way", "kind"), [("ddp", "DistributedDataParallel"), ("fsdp", "FSDPLlamaForCausalLM")])
 def test_two_processes_give_the_loss_curve_of_one(worked, way, kind):
     folder, found, log = worked
-    assert found["ranks"]["codes"][way] == [0, 0], log[-3000:]
+    assert found["ranks"]["codes"][way] == [0, 0, 0], log[-3000:]
     facts = json.loads((folder / f"{way}.json").read_text())
     assert (facts["trained"], facts["student"]) == (kind, "LlamaForCausalLM")
     wanted = read_history(folder / "one" / "history.csv").rows

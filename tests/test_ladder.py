@@ -10,14 +10,15 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples"],
     ["form", "data", "teacher"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
     ["papers", "plan", "explore", "schedule", "layer_fit"],
-    ["keeper", "fit_store"],
-    ["surgery", "trainer", "local"],
+    ["objective", "fit_store"],
+    ["keeper", "local"],
+    ["surgery", "trainer"],
     ["heal"],
     ["stages"],
     ["presets", "report"],

@@ -11,13 +11,15 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
+from tnlib.examples import Examples, split
 from tnlib.history import History, read_history
 from tnlib.layers import FactorizedEmbedding
-from tnlib.resume import Folder, digest, fingerprint, put_weights_, weights
+from tnlib.resume import Folder, digest, fingerprint, only_one, put_weights_, weights
 from tnlib.schedule import select_trainable_
 from tnlib.teacher import check_windows
-from tnlib.trainer import Examples, HealTrainer, is_sharded
+from tnlib.trainer import HealTrainer, is_sharded
 
 
 def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
@@ -28,26 +30,29 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
     data: windows (n, context) int64 as from token_windows, or a dictionary of tensors such as input_ids, attention_mask
         and labels with one example a row; or a pair of these: (train, validation)
     heal, budget: a Heal (a recipe's, or yours) and a Budget
-    out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it was
-        finished; other arguments are refused. None: nothing is kept
-    seed: order of the data and dropout; progress: bar, and curve in a notebook (default: where someone watches)
+    out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it
+        was finished; other arguments are refused. None: nothing is kept
+    seed: order of the data, and dropout where the model's configuration has any
+    progress: a bar, and in a notebook a curve (default: where someone watches)
     Returns: History
     Raises: ValueError (RecipeError for names) with what was got and needed, FloatingPointError when a loss is not finite
     Trains where the student is, on one device; under `accelerate launch`, where accelerate puts it, batch shared out.
     Exact: interrupted anywhere and called again, one process ends with the bits of an uninterrupted run.
     """
-    train, validation = _split(data)
+    train, validation = split(data)
     _check(student, teacher, train, validation, heal, budget)
     world, main = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)) == 0
     if budget.batch % world:
         raise ValueError(f"heal: got batch={budget.batch} for {world} processes; needed a multiple. Change the batch.")
-    folder = None
-    if out is not None:
-        folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, seed), main)
-        if folder.finished:
-            folder.load(student)
-            return read_history(folder.history)
+    folder, teacher = None, teacher if heal.needs_teacher else None
     with ExitStack() as stack:
+        if out is not None:
+            if main:
+                stack.enter_context(only_one(out))
+            folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, seed), main)
+            if folder.finished:
+                folder.load(student)
+                return read_history(folder.history)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="tnlib-heal-"))
         stack.enter_context(_random_state())
         for model in (student, teacher):
@@ -64,11 +69,14 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     select_trainable_(student, heal.train)
     trained = _to_shard(student) if is_sharded() else student
     examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)
-    args = _training_arguments(student, heal, budget, folder, seed, scratch)
-    if not heal.weights:
-        raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
+    args = _training_arguments(student, heal, budget, seed, scratch)
+    teacher = teacher if set(heal.needs_teacher) - {"local"} else None
     trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    _log_to_tensorboard(trainer, folder)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.keeper.bar.close()
     best = trainer.keeper.best_weights
     if best is not None or trained is not student:
         put_weights_(student, weights(trained) if best is None else best, "heal")
@@ -79,41 +87,19 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
 
 
 def _to_shard(student):
-    """A copy for FSDP, which replaces parameters and classes for good; factors that embedding and head share stay in one group."""
+    """A copy for FSDP, which changes a model for good. Factors that embedding and head share stay in one group."""
     copied = copy.deepcopy(student)
     if isinstance(student.get_input_embeddings(), FactorizedEmbedding):
         copied.get_input_embeddings = copied.get_output_embeddings = lambda: None  # accelerate would part them
     return copied
 
 
-def _split(data):
-    """Training and validation data as dictionaries of tensors; validation may be None."""
-    train, validation = data if isinstance(data, (tuple, list)) else (data, None)
-    return _tensors(train, "data"), None if validation is None else _tensors(validation, "validation data")
-
-
-def _tensors(data, where):
-    tensors = dict(data) if isinstance(data, dict) else {"input_ids": data}
-    ids = tensors.get("input_ids")
-    if (
-        not isinstance(ids, torch.Tensor)
-        or ids.dim() != 2
-        or ids.dtype != torch.int64
-        or ids.shape[1] < 2
-        or not len(ids)
-    ):
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(f"heal: {where} is {got}; needed windows (n, context) int64. Make them with token_windows.")
-    if any(len(tensor) != len(ids) for tensor in tensors.values()):
-        raise ValueError(f"heal: {where} has columns of unequal length; needed one row an example in each.")
-    if "labels" not in tensors:
-        labels = ids if "attention_mask" not in tensors else ids.masked_fill(tensors["attention_mask"] == 0, -100)
-        tensors["labels"] = labels
-    return tensors
-
-
 def _check(student, teacher, train, validation, heal, budget):
     """Refuse what would fail later, or worse, not fail."""
+    if not hasattr(student, "config"):
+        raise ValueError(f"heal: student is a {type(student).__name__}; needed a transformers model. Wrap it in one.")
+    if not heal.weights:
+        raise ValueError("heal: got no loss but 'local'; needed one to train on. Call fit_layers_ for local alone.")
     if heal.needs_teacher and teacher is None:
         raise ValueError(
             f"heal: losses {', '.join(heal.needs_teacher)} need a teacher, got None. Give the dense model, or leave them out."
@@ -123,7 +109,7 @@ def _check(student, teacher, train, validation, heal, budget):
             "heal: teacher and student are one model; needed two. Copy the dense model before factorizing it."
         )
     if not isinstance(teacher, (torch.nn.Module, type(None))):
-        teacher.check(heal, train["input_ids"])
+        teacher.check(heal, train)
     if budget.eval_every and validation is None:
         raise ValueError(
             f"heal: got eval_every={budget.eval_every} without validation data. Give data=(train, validation)."
@@ -137,22 +123,18 @@ def _arguments(student, teacher, train, validation, heal, budget, seed):
     """All that decides the result, as JSON data; how often it is saved does not."""
     amounts = {name: value for name, value in asdict(budget).items() if name not in ("save_every", "log_every")}
     theirs = fingerprint(teacher) if isinstance(teacher, torch.nn.Module) else teacher and teacher.fingerprint
-    used = theirs if heal.needs_teacher else None
     found = {"heal": {k: v for k, v in asdict(heal).items() if k != "source"}, "budget": amounts, "seed": seed}
-    found |= {"student": fingerprint(student), "teacher": used}
+    found |= {"student": fingerprint(student), "teacher": theirs}
     for name, tensors in (("data", train), ("validation", validation)):
         found[name] = tensors and {key: digest(tensor) for key, tensor in tensors.items()}
     return found
 
 
-def _training_arguments(student, heal, budget, folder, seed, scratch):
+def _training_arguments(student, heal, budget, seed, scratch):
     """The Trainer's settings; logging, evaluation and saving are ours, its own are off."""
     device = next(student.parameters()).device
     names = TrainingArguments.__dataclass_fields__
     recompute = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    board = folder is not None and importlib.util.find_spec("tensorboard") is not None
-    if board:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "tensorboard"))
     args = TrainingArguments(
         output_dir=scratch,
         max_steps=budget.steps,
@@ -167,7 +149,7 @@ def _training_arguments(student, heal, budget, folder, seed, scratch):
         logging_strategy="no",
         eval_strategy="no",
         logging_nan_inf_filter=False,  # would look at every loss, a stop on a GPU; rows are checked
-        report_to=["tensorboard"] if board else [],
+        report_to=[],
         disable_tqdm=True,
         dataloader_drop_last=True,
         dataloader_pin_memory=device.type == "cuda",
@@ -175,6 +157,14 @@ def _training_arguments(student, heal, budget, folder, seed, scratch):
     )
     args._n_gpu = min(args.n_gpu, 1)  # several visible GPUs would be used by DataParallel; accelerate launch is the way
     return args
+
+
+def _log_to_tensorboard(trainer, folder):
+    """Rows go to tensorboard as well where it is installed and there is a folder for it."""
+    if folder and trainer.args.should_save and importlib.util.find_spec("tensorboard") is not None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(folder.path / "tensorboard")))
 
 
 def _fit_locally(student, teacher, windows, budget, folder, seed, progress):
@@ -216,7 +206,7 @@ def _as_before(model, attention):
             model.set_attn_implementation(kernel)
         if cache is not None:
             config.use_cache = cache
-        _stop_recomputing(model)
+        _stop_recomputing(model, hooked="_require_grads_hooks" in own)
         for module, training in modes:
             module.training = training
         for parameter, needed in grads:
@@ -225,9 +215,12 @@ def _as_before(model, attention):
         model.to(device)
 
 
-def _stop_recomputing(model):
-    """Undo gradient checkpointing, under the name that this version of transformers has for it."""
+def _stop_recomputing(model, hooked):
+    """Undo gradient checkpointing, under the name that this version of transformers gives it, and its hook."""
     names = ("activation", "gradient")
     kind = next((name for name in names if hasattr(model, f"{name}_checkpointing_disable")), None)
     if kind and getattr(model, f"is_{kind}_checkpointing", False):
         getattr(model, f"{kind}_checkpointing_disable")()
+        if not hooked and getattr(model, "_require_grads_hooks", None):
+            model.disable_input_require_grads()
+            vars(model).pop("_require_grads_hooks", None)

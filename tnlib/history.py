@@ -1,4 +1,4 @@
-"""The course of a healing: one row every few steps, in memory, in history.csv, and as a curve that grows in a notebook."""
+"""The course of a healing: one row every few steps, in memory, in history.csv, and as a curve in a notebook."""
 
 import csv
 import io
@@ -83,8 +83,14 @@ class Log(History):
         if self.path is not None:
             if len(self.rows) == 1:
                 return write_atomic(self.path, _lines(self.rows))
-            with Path(self.path).open("a", encoding="utf-8", newline="") as file:
-                file.write(_lines([row], header=False))
+            try:
+                with Path(self.path).open("a", encoding="utf-8", newline="") as file:
+                    file.write(_lines([row], header=False))
+            except OSError as error:
+                raise OSError(
+                    f"heal: {self.path} could not be written ({error}); needed room and leave to write. Make room and call "
+                    "again: the run goes on from its last checkpoint."
+                ) from error
 
 
 def read_history(path):

@@ -1,4 +1,4 @@
-"""What happens between the steps of a healing: rows of its history, early stopping, progress, and what a checkpoint adds."""
+"""What happens between the steps of a healing: rows of its history, early stopping, progress, checkpoints."""
 
 import json
 import time
@@ -23,6 +23,7 @@ class Keeper(TrainerCallback):
         self.names = ["loss", *trainer.heal.weights]
         self.sums, self.since = torch.zeros(len(self.names)), 0
         self.seconds, self.best, self.worse, self.best_weights = 0.0, None, 0, None
+        self.bar = tqdm(disable=True)
 
     def add(self, total, terms):
         """One micro-batch's total and terms; a term that is not active yet adds nothing."""
@@ -60,6 +61,7 @@ class Keeper(TrainerCallback):
     def _row(self, state, nll):
         trainer = self.trainer
         sums = trainer.accelerator.reduce(self.sums, "sum") if trainer.args.world_size > 1 else self.sums
+        self._refuse_nan(sums, state.global_step)
         values = dict(zip(self.names, (sums / self.since).tolist()))
         tokens = state.global_step * trainer.budget.batch * trainer.budget.accumulate * trainer.context
         row = {"step": state.global_step, "tokens": tokens, **values, "learning_rate": self._rate(state.global_step)}
@@ -68,11 +70,14 @@ class Keeper(TrainerCallback):
         trainer.log({name: value for name, value in row.items() if value is not None and name != "step"})
         self.bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
         self.sums, self.since = torch.zeros_like(self.sums), 0
+
+    def _refuse_nan(self, sums, step):
+        """Stop at a loss that is not finite, before a row or a checkpoint makes it look like progress."""
         if not torch.isfinite(sums).all():
-            bad = [name for name, value in values.items() if not abs(value) < float("inf")]
+            bad = [name for name, value in zip(self.names, sums.tolist()) if not abs(value) < float("inf")]
             raise FloatingPointError(
-                f"heal: {', '.join(bad)} not finite by step {state.global_step}; needed finite losses. Lower the learning rate "
-                "or the clip, use precision='fp32', or start from a better initialization."
+                f"heal: {', '.join(bad)} not finite by step {step}; needed finite losses. Lower the learning rate or the clip, "
+                "use precision='fp32', or start from a better initialization."
             )
 
     def _rate(self, step):
@@ -89,14 +94,15 @@ class Keeper(TrainerCallback):
         return self.worse >= self.trainer.budget.patience
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
         self.curve.draw(last=True)
 
     def pool(self):
         """Give the first process the sums of all of them, before it writes a checkpoint; all processes call it."""
-        args = self.trainer.args
+        args, total = self.trainer.args, self.sums
         if args.world_size > 1:
             total = self.trainer.accelerator.reduce(self.sums, "sum")
+        self._refuse_nan(total, self.trainer.state.global_step)
+        if args.world_size > 1:
             self.sums = total if args.process_index == 0 else torch.zeros_like(total)
 
     def save(self, part):

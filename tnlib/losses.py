@@ -13,7 +13,7 @@ IGNORE = -100  # label of a position that predicts nothing
 def next_token(logits, labels, count=None):
     """Cross entropy of each token given those before it, nats.
 
-    logits: (batch, context, vocabulary); labels: (batch, context), IGNORE where nothing is predicted; labels[:, 0] never is
+    logits: (batch, context, vocabulary); labels: (batch, context), IGNORE where nothing is predicted; the first never is
     count: divisor; None: the number of predicted tokens
     Source: Radford et al. 2019. Exact: equals F.cross_entropy of logits[:, :-1] against labels[:, 1:].
     """

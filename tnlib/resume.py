@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -80,7 +81,7 @@ class Folder:
         part = self.path / "student.safetensors.part"
         try:
             save_weights(model, part)
-            part.rename(self.path / "student.safetensors")
+            part.replace(self.path / "student.safetensors")
         except (OSError, SafetensorError) as error:
             _remove(part)
             raise self._unwritten("the result", error) from error
@@ -105,22 +106,39 @@ class Folder:
                 _remove(gone)
 
 
+@contextmanager
+def only_one(path, wait=0):
+    """Hold a folder for this process; the system gives it free when the process ends, however it ends.
+
+    wait: seconds to wait for another process; -1: as long as it takes
+    Raises: ValueError when another process holds it
+    """
+    Path(path).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(Path(path) / ".lock", timeout=wait):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"folder {path}: another process is at work in it; needed one at a time. Wait for it."
+        ) from None
+
+
 def step_of(checkpoint):
     """Steps that a checkpoint folder holds, from its name."""
     return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
 def weights(model):
-    """Parameters, a shared one once, and persistent buffers: contiguous tensors by name; sharded ones are gathered."""
+    """Parameters and persistent buffers by name, each once, contiguous, sharded ones gathered."""
     for module in model.modules():
-        if hasattr(
-            module, "reshard"
-        ):  # FSDP leaves some parameters whole after a forward, in memory that it frees later
+        if hasattr(module, "reshard"):  # FSDP leaves some whole after a forward, in memory that it frees later
             module.reshard()
-    named = dict(model.named_parameters())
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    named |= {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
-    return {name: _whole(tensor.detach()).contiguous() for name, tensor in named.items()}
+    return {name: _whole(tensor.detach()).contiguous() for name, tensor in _own(model).items()}
+
+
+def _own(model):
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
 def save_weights(model, path):
@@ -140,9 +158,7 @@ def load_weights_(model, path):
 
 def put_weights_(model, saved, where):
     """load_weights_ from tensors by name."""
-    own = dict(model.named_parameters())
-    aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own |= {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    own = _own(model)
     if {n: tuple(t.shape) for n, t in own.items()} != {n: tuple(t.shape) for n, t in saved.items()}:
         odd = sorted(set(own) ^ set(saved)) or [n for n in own if own[n].shape != saved[n].shape]
         raise ValueError(
@@ -164,7 +180,7 @@ def fingerprint(model, entries=65536):
     sizes = {}
     for name, tensor in named.items():
         flat = tensor.flatten()
-        sample = flat[:: max(1, flat.numel() // entries)].double()
+        sample = flat[:: max(1, flat.numel() // entries)].float().cpu().double()  # no float64 on some devices
         sizes[name] = float(sample.square().mean().sqrt())
     return {"structure": hashlib.sha256(shapes.encode()).hexdigest()[:16], "rms": sizes}
 
@@ -207,7 +223,7 @@ def _whole(tensor):
 
 def _flush(path):
     for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with file.open("rb") as opened:
+        with file.open("r+b") as opened:  # Windows flushes only what is open for writing
             os.fsync(opened.fileno())
 
 

@@ -16,10 +16,10 @@ def compress_and_heal(model, recipe, data, budget, *, teacher=None, out=None, se
     """Factorize a copy of `model` by a recipe and heal it; with stages, a stage at a time (TQCompressor).
 
     model: the dense model, not changed; teacher: for the losses that need one; None: `model` itself
-    budget: with stages, its steps are divided among them evenly, the last one gets the rest; the schedule starts anew in each
+    budget: with stages, its steps are divided among them evenly, the last gets the rest; each starts the schedule anew
     out: folder; with stages, one folder a stage in it. The same call resumes, see heal
     Returns: the student, and its History, in which steps, tokens and seconds run on from stage to stage
-    Raises: RecipeError when the recipe has no Heal, or its stages do not end in its rules; and what factorize_ and heal raise
+    Raises: RecipeError when the recipe has no Heal, or its stages do not end in its rules; what factorize_ and heal raise
     Source: stages as in TQCompressor (arXiv 2401.16367): each compresses a part and distills, the embedding twice.
     Exact: the student's parameters number plan(model, recipe).total.
     """

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from tnlib.history import is_interactive
 from tnlib.records import write_atomic
-from tnlib.resume import digest, fingerprint, same_fingerprint
+from tnlib.resume import digest, fingerprint, only_one, same_fingerprint
 
 SHARD_BYTES = 256 * 2**20
 
@@ -46,12 +46,17 @@ class PrecomputedTeacher:
         self.out, self.facts, self.fingerprint = Path(out), facts, facts | {"kind": "precomputed"}
         self._open = {}
 
-    def check(self, heal, windows):
-        """Refuse losses, windows or a temperature that these logits are not for. Raises: ValueError"""
+    def check(self, heal, tensors):
+        """Refuse losses, training data or a temperature that these logits are not for. Raises: ValueError"""
+        windows = tensors["input_ids"]
         known = {"logits", "logits_reverse"}
         if beyond := set(heal.needs_teacher) - known:
             raise ValueError(
                 f"heal: losses {', '.join(sorted(beyond))} need the teacher itself, got precomputed logits. Give the model."
+            )
+        if "attention_mask" in tensors:
+            raise ValueError(
+                "heal: padded data with precomputed logits, which are of whole windows. Give the model itself."
             )
         if digest(windows) != self.facts["windows"]:
             raise ValueError(
@@ -105,13 +110,16 @@ def precompute_teacher(teacher, windows, out, top=None, *, temperature=1.0, batc
     facts |= {"temperature": None if top is None else float(temperature), "shard": max(1, SHARD_BYTES // per_window)}
     facts["dtype"] = str(next(teacher.parameters()).dtype)
     out = Path(out)
-    _claim(out, facts)
-    starts = range(0, len(windows), facts["shard"])
-    missing = [n for n, start in enumerate(starts) if not _whole(out, n, len(windows[start : start + facts["shard"]]))]
-    hide = not (is_interactive() if progress is None else progress)
-    for number in tqdm(missing, "teacher", disable=hide):
-        some = windows[starts[number] : starts[number] + facts["shard"]]
-        _write(_shard_path(out, number), _compute(teacher, some, top, temperature, batch))
+    with only_one(out, wait=-1):
+        _claim(out, facts)
+        starts = range(0, len(windows), facts["shard"])
+        missing = [
+            n for n, start in enumerate(starts) if not _whole(out, n, len(windows[start : start + facts["shard"]]))
+        ]
+        hide = not (is_interactive() if progress is None else progress)
+        for number in tqdm(missing, "teacher", disable=hide):
+            some = windows[starts[number] : starts[number] + facts["shard"]]
+            _write(_shard_path(out, number), _compute(teacher, some, top, temperature, batch))
     return PrecomputedTeacher(out, facts)
 
 
@@ -179,9 +187,14 @@ def _write(path, tensors):
     part = path.with_suffix(".part")
     try:
         save_file(tensors, part, metadata={"format": "pt"})
-        with part.open("rb") as file:
+        with part.open("r+b") as file:
             os.fsync(file.fileno())
-        part.rename(path)
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"precompute_teacher: {path} could not be written ({error}); needed room and leave to write. Make room, or keep "
+            "fewer logits with top=, and call again: shards that are there are kept."
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

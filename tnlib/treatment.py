@@ -54,7 +54,8 @@ class Heal:
     learning_rate, final_learning_rate: peak and end of the schedule; None ends "cosine" and "linear" at 0
     schedule: "cosine", "linear" or "constant", after `warmup`, a share of all steps, has risen linearly to the peak
     weight_decay: of tensors with two axes or more; biases, norms and scalars are never decayed
-    train: "all", "factors" (of factorized layers, all else frozen), or patterns of parameter or module names
+    train: "all" (that the caller did not freeze), "factors" (of factorized layers, all else frozen), or patterns of
+        parameter or module names
     curriculum_steps: one more layer's hidden states and attention are matched every so many steps; the losses in
         AFTER_CURRICULUM join after the last layer, and the learning rate drops to its final value then. 0: all at once
     Raises: RecipeError that names the field and lists what is known
@@ -92,6 +93,12 @@ class Heal:
             raise RecipeError(
                 f"Heal: got curriculum_steps={self.curriculum_steps} with schedule={self.schedule!r}; needed 'constant': "
                 "the curriculum itself changes the rate, from learning_rate to final_learning_rate. Set it."
+            )
+
+        if self.curriculum_steps and not self.weights.keys() - AFTER_CURRICULUM:
+            raise RecipeError(
+                f"Heal: got curriculum_steps={self.curriculum_steps} with losses {', '.join(self.weights)}, which all wait for "
+                "its end; needed one that matches layers, such as 'hidden'. Add it, or set curriculum_steps=0."
             )
 
     def _check_losses(self):

@@ -1,0 +1,66 @@
+"""The data of a healing: tensors with one example a row, and the order in which a run meets them."""
+
+import torch
+from torch.utils.data import Dataset
+
+from tnlib.losses import IGNORE
+
+
+class Examples(Dataset):
+    """All examples of a run in order: permutation after permutation of the data, each from its own seed.
+
+    tensors: by name, first axis the example; length: examples in all
+    Exact: item i depends on seed and i only, so any grouping into batches, processes or restarts sees the same order.
+    """
+
+    def __init__(self, tensors, length, seed):
+        self.tensors, self.length, self.seed = tensors, length, seed
+        self.size, self.epoch, self.order = len(next(iter(tensors.values()))), None, None
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        epoch, place = divmod(index, self.size)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
+        window = int(self.order[place])
+        return {name: tensor[window] for name, tensor in self.tensors.items()} | {"window": torch.tensor(window)}
+
+
+def stack(items):
+    """One batch of examples: each column stacked."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def split(data):
+    """Training and validation data as dictionaries of tensors, labels included; validation None where there is none.
+
+    data: windows (n, context) int64, or a dictionary with input_ids and perhaps attention_mask and labels; or a pair
+    Raises: ValueError
+    """
+    train, validation = data if isinstance(data, (tuple, list)) else (data, None)
+    return _tensors(train, "data"), None if validation is None else _tensors(validation, "validation data")
+
+
+def _tensors(data, where):
+    tensors = dict(data) if isinstance(data, dict) else {"input_ids": data}
+    ids = tensors.get("input_ids")
+    if (
+        not isinstance(ids, torch.Tensor)
+        or ids.dim() != 2
+        or ids.dtype != torch.int64
+        or ids.shape[1] < 2
+        or not len(ids)
+    ):
+        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"heal: {where} is {got}; needed windows (n, context) int64. Make them with token_windows.")
+    if odd := [f"{name} {tuple(t.shape)}" for name, t in tensors.items() if len(t) != len(ids)]:
+        raise ValueError(
+            f"heal: {where} has {len(ids)} input_ids and {', '.join(odd)}; needed one row an example in each."
+        )
+    if "labels" not in tensors:
+        masked = "attention_mask" in tensors
+        tensors["labels"] = ids.masked_fill(tensors["attention_mask"] == 0, IGNORE) if masked else ids
+    return tensors
