@@ -60,7 +60,7 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
 
     form: resolved; factors: by name, the start; weight: (out, in)
     steps, learning_rate: of the gradient method; a step moves a factor by about learning_rate times its root mean square
-    Returns: factors by name in `weight`'s dtype, how they were found ("closed form", "alternating", "gradient")
+    Returns: factors by name, in the dtype of `weight` or float64; how they were found: "closed form", "alternating", "gradient"
     Exact: with second = identity (and no rows) a least-squares low-rank or Kronecker start is a fixed point.
     Source: low rank as in SVD-LLM (2403.07378); Kronecker by alternating least squares, as ProcrustesGPT (2506.02818) states it.
     """
