@@ -64,13 +64,12 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
     Exact: with second = identity (and no rows) a least-squares low-rank or Kronecker start is a fixed point.
     Source: low rank as in SVD-LLM (2403.07378); Kronecker by alternating least squares, as ProcrustesGPT (2506.02818) states it.
     """
-    metric = metric.relative_to(weight)
     both = metric.second is not None and metric.rows is not None
     if isinstance(form, LowRank) and not both:
         return _whitened_svd(form.rank, weight, metric), "closed form"
     if isinstance(form, Kronecker) and metric.rows is None and _largest(form) <= LARGEST_SYSTEM:
         return _alternate(form, factors, weight, metric.second, steps), "alternating"
-    return _descend(form, factors, weight, metric, steps, learning_rate), "gradient"
+    return _descend(form, factors, weight, metric.relative_to(weight), steps, learning_rate), "gradient"
 
 
 def _whitened_svd(rank, weight, metric):
