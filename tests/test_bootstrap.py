@@ -221,7 +221,7 @@ def test_ctrl_c_says_how_to_go_on(boot, installs, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("printed", "left"), [
     ("fit in 1.23 s, 12 ms each", "fit in DURATION, DURATION each"),
-    ("saved /home/me/runs/a.svg and C:\\runs\\a.svg", "saved PATH and PATH"),
+    ("saved /srv/runs/a.svg and C:\\runs\\a.svg", "saved PATH and PATH"),
     ("kept 3/4 of runs/a/b, https://example.org/a/b", "kept 3/4 of runs/a/b, https://example.org/a/b"),
     ("<Layer at 0x7f00aa12bb34> on cuda:0", "<Layer at ADDRESS> on DEVICE"),
     ("2026-11-21 23:05:01, 2 threads, threads=4", "DATE, THREADS, THREADS"),

@@ -13,7 +13,7 @@ from tnlib.recipe import dense_modules
 from tnlib.shapes import weight_of
 
 BYTES = {"fp32": 4, "bf16": 2}  # of an activation; weights, gradients and AdamW's two moments stay in float32
-BYTES_PER_TOKEN = 4.3  # of English text under a byte-pair vocabulary of 50,000
+BYTES_PER_TOKEN = 4.3  # measured: rotten-tomatoes' training text, 1,717,371 bytes, is 399,724 tokens of SmolLM2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,7 @@ class FactorizedLinear(_Factorized):
         return self.form.flops(self.shape, tokens)
 
     def forward(self, x):
+        """x: (…, in). Returns: (…, out), by the plan of contraction that form.forward chooses for that many tokens."""
         if x.shape[-1] != self.shape[1]:
             raise ShapeError(
                 f"FactorizedLinear: got input {tuple(x.shape)}; needed (…, {self.shape[1]}), weight {self.shape} (out, in)."
@@ -178,6 +179,7 @@ class FactorizedEmbedding(_Factorized):
         return dense.train(self.training)
 
     def forward(self, ids):
+        """ids: integers of any shape (…). Returns: (…, dim); only the rows asked for are built. Raises: IndexError (CPU)."""
         flat = ids.reshape(-1)  # (tokens,)
         if flat.numel() == 0:
             return F.embedding(ids, self.weight)
@@ -249,6 +251,7 @@ class SplitLinear(nn.Module):
     to_dense = FactorizedLinear.to_dense
 
     def forward(self, x):
+        """x: (…, in). Returns: (…, out), the parts' outputs side by side."""
         return torch.cat([part(x) for part in self.parts], dim=-1)  # (…, out)
 
 
