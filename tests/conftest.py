@@ -1,5 +1,7 @@
 """Shared by all tests: fixed seeds, and the five forms that most tables run over."""
 
+import signal
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import TTMatrix
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHAPE = (24, 36)  # (out, in): small, not square, many divisors
 FORMS = [
