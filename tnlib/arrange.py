@@ -35,6 +35,7 @@ class Arrangement:
     basis: torch.Tensor | None = None  # (r0*r1, terms), orthonormal right factors, once fitted
     rho: float = 0.0
     energy: float | None = None  # ||weight||^2
+    fitted: tuple | None = None  # the rows and columns that basis and rho are for
 
     @property
     def T(self):
@@ -43,16 +44,26 @@ class Arrangement:
         if basis is not None:
             basis = basis.unflatten(0, self.right).transpose(0, 1).flatten(0, 1)  # (r1*r0, terms)
         flipped = {"left": self.left[::-1], "right": self.right[::-1], "rows": self.columns, "columns": self.rows}
-        return replace(self, weight=self.weight.T, basis=basis, **flipped)
+        return replace(self, weight=self.weight.T, basis=basis, fitted=self.fitted and self.fitted[::-1], **flipped)
+
+    @property
+    def fresh(self):
+        """Whether the basis is that of the present order."""
+        return self.fitted is not None and self.fitted[0] is self.rows and self.fitted[1] is self.columns
 
     def fit(self):
-        """Find basis and rho of the present order, from the last basis; returns the rearranged weight (l0*l1, r0*r1)."""
-        blocks = rearrange(self.weight[self.rows][:, self.columns], self.left, self.right)
+        """Find basis and rho of the present order, from the last basis, unless they are known."""
+        if self.fresh:
+            return
+        blocks = self._blocks()
         self.basis, found = right_basis(blocks, self.terms, self.basis)
         if self.energy is None:
             self.energy = max(float(blocks.double().square().sum()), 1e-300)
-        self.rho = min(1.0, found / self.energy) ** 0.5
-        return blocks
+        self.rho, self.fitted = min(1.0, found / self.energy) ** 0.5, (self.rows, self.columns)
+
+    def _blocks(self):
+        """The rearranged weight in the present order (l0*l1, r0*r1)."""
+        return rearrange(self.weight[self.rows][:, self.columns], self.left, self.right)
 
     @property
     def exact(self):
@@ -61,8 +72,8 @@ class Arrangement:
 
     def product(self):
         """The nearest sum of products (out, in), in the present order."""
-        blocks = self.fit()
-        return restore((blocks @ self.basis) @ self.basis.T, self.left, self.right)
+        self.fit()
+        return restore((self._blocks() @ self.basis) @ self.basis.T, self.left, self.right)
 
 
 def reassign(views):

@@ -143,7 +143,7 @@ def _damped(given, axes, sweeps, starts, seed):
         for sweep in range(sweeps):
             t = 0.5 + 0.5 * sweep / max(1, sweeps - 1)
             for axis in axes:
-                target = (1 - t) * target + t * state.product()
+                target = target.lerp(state.product(), t)
                 if axis == "rows":
                     state.rows = assign(target @ state.weight[:, state.columns].T, state.rows, state.exact)
                 else:
