@@ -49,7 +49,8 @@ class Arrangement:
     @property
     def fresh(self):
         """Whether the basis is that of the present order."""
-        return self.fitted is not None and self.fitted[0] is self.rows and self.fitted[1] is self.columns
+        known = self.basis is not None and self.fitted is not None
+        return known and self.fitted[0] is self.rows and self.fitted[1] is self.columns
 
     def fit(self):
         """Find basis and rho of the present order, from the last basis, unless they are known."""

@@ -35,5 +35,5 @@ def assign(scores, current=None, exact=EXACT):
 def _solve(scores):
     from scipy.optimize import linear_sum_assignment
 
-    cost = scores.double().neg_()  # what the solver works on: given anything else it makes such a copy itself, slowly
+    cost = scores.to(torch.float64, copy=True).neg_()  # what the solver works on: given anything else it makes such a copy itself, slowly
     return torch.as_tensor(linear_sum_assignment(cost.numpy())[1])

@@ -193,10 +193,12 @@ def noise_like(weight, seed=0):
     Exact: the column norms are the weight's; the row norms to a few parts in a million.
     """
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(weight)
-    for _ in range(20):
-        noise = noise * (weight.norm(dim=1) / noise.norm(dim=1).clamp_min(1e-30))[:, None]
-        noise = noise * (weight.norm(dim=0) / noise.norm(dim=0).clamp_min(1e-30))
-    return noise
+    squares, rows, columns = noise.square(), weight.square().sum(1), weight.square().sum(0)
+    by_column = torch.ones_like(columns)
+    for _ in range(20):  # scales, squared; two passes over the squares
+        by_row = rows / (squares @ by_column).clamp_min(1e-30)
+        by_column = columns / (by_row @ squares).clamp_min(1e-30)
+    return noise * by_row.sqrt()[:, None] * by_column.sqrt()
 
 
 @lru_cache(maxsize=1024)
