@@ -27,8 +27,8 @@ def code(cells):
 
 
 def test_there_are_notebooks_and_presets():
-    assert {path.name[:2] for path in BOOKS} >= {"00", "01", "02", "03", "04", "05", "06", "10"}
-    assert {path.stem for path in PRESETS} == {"smoke", "laptop", "gpu", "paper"}
+    assert {path.name[:2] for path in BOOKS} >= {"00", "01", "02", "03", "04", "05", "06", "10", "11"}
+    assert {path.stem for path in PRESETS} == {"smoke", "laptop", "long", "gpu", "paper"}
 
 
 def test_opens_with_its_title_and_a_question_or_claim(book):

@@ -205,7 +205,7 @@ def _parser():
         "--preset",
         default="laptop",
         metavar="NAME",
-        help="smoke, laptop, gpu, paper, or the path of a YAML file (laptop)",
+        help="smoke, laptop, long, gpu, paper, or the path of a YAML file (laptop)",
     )
     add(
         "-p",
