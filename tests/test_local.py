@@ -18,7 +18,7 @@ from tnlib.local import fit_layers_
 from tnlib.low_rank import LowRank
 from tnlib.moments import Moments, second_moments
 from tnlib.recipe import Recipe, Rule
-from tnlib.shapes import ShapeError
+from tnlib.shapes import ShapeError, weight_of
 from tnlib.surgery import factorize_
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
@@ -26,6 +26,11 @@ from tnlib.weighted import Metric, fit_weighted
 
 WINDOWS = torch.randint(2, 90, (12, 16), generator=torch.Generator().manual_seed(0))
 HELD = torch.randint(2, 90, (6, 16), generator=torch.Generator().manual_seed(1))
+ORDERED = [
+    Kronecker(right=(2, 2), terms=2, permute="both"),
+    Kronecker(right=(2, 3), terms=3, permute="rows"),
+    Kronecker(right=(1, 2), terms=1, scaled=True, permute="columns"),
+]
 HALF = [LowRank(kept=0.5), MPO(order=2, kept=0.5), TensorTrain(order=2, kept=0.5), Kronecker(right=(2, 2), terms=2)]
 FULL = [LowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=4)]
 
@@ -223,6 +228,27 @@ def test_no_layer_gets_worse_and_the_teacher_is_untouched(family, form):
     assert all(fit.held_after is not None and fit.tokens == WINDOWS.numel() for fit in fits)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), teacher.state_dict().values()))
     assert hooks(teacher) == hooks(student) == 0
+
+
+@pytest.mark.parametrize("form", ORDERED, ids=str)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_orders_stay_and_the_factors_are_fitted_in_them(family, form, tmp_path):
+    student, teacher = pair(family, form, "down", "embedding")
+    orders = {n: b.clone() for n, b in student.named_buffers() if n.endswith("_order")}
+    assert orders
+    first = fit_layers_(student, teacher, WINDOWS, held_out=HELD, steps=8, out=tmp_path)
+    assert all(fit.after < fit.before for fit in first)
+    assert all(torch.equal(order, student.get_buffer(name)) for name, order in orders.items())
+    for fit in first:  # the row's number is that of the layer as it stands, orders and all
+        dense, layer = teacher.get_submodule(fit.module.split(", ")[0]), student.get_submodule(fit.module.split(", ")[0])
+        weight = weight_of(dense).detach()
+        error = (weight - layer.weight.detach()).norm() / weight.norm()
+        assert fit.frobenius_after == pytest.approx(float(error), rel=1e-8)
+    again, _ = pair(family, form, "down", "embedding")
+    assert [fit.after for fit in fit_layers_(again, teacher, WINDOWS, held_out=HELD, steps=8, out=tmp_path)] == [
+        fit.after for fit in first
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values()))
 
 
 @pytest.mark.parametrize("form", FULL, ids=str)

@@ -42,7 +42,7 @@ class FitStore:
                 "on with it. Give out= another folder, or delete this one."
             )
         device = next(job.layer.parameters()).device
-        parts = [{name: tensors[f"{k}.{name}"].to(device) for name in part.factors} for k, part in enumerate(job.parts)]
+        parts = [{name: tensors[f"{k}.{name}"].to(device) for name in part.operands} for k, part in enumerate(job.parts)]
         bias = tensors["bias"].to(device) if "bias" in tensors else None
         return Found(parts, bias, LayerFit(**json.loads(kept["row"])))
 
@@ -57,7 +57,7 @@ class FitStore:
 
     def _fingerprint(self, job):
         forms = [str(part.form) for part in job.parts]
-        return _digest([f for part in job.parts for f in part.factors.values()], [self.text, job.names, forms])
+        return _digest([f for part in job.parts for f in part.operands.values()], [self.text, job.names, forms])
 
 
 def _tensors(text):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class Job:
 class Found:
     """The outcome of a fit: factors of each part, the bias (out,) or None where it stays."""
 
-    factors: list
+    factors: list  # and orders, as the form's functions take them
     bias: torch.Tensor | None
     row: LayerFit
 
@@ -69,7 +69,7 @@ def fit_job(job, seen, held, steps, learning_rate, shrink):
     """
     began, weight = time.perf_counter(), weight_of(job.dense).detach().double()
     moments = _present(job, seen)
-    start = [{name: factor.detach() for name, factor in part.factors.items()} for part in job.parts]
+    start = [{name: factor.detach() for name, factor in part.operands.items()} for part in job.parts]
     factors, bias, method = start, None, "kept"
     texts = [_Text(job, weight, moments), _Text(job, weight, _present(job, held)) if held else None]
     before = [text and text.missed(start, None) for text in texts]
@@ -120,22 +120,35 @@ def _present(job, moments):
 
 def _fitted(job, weight, start, metric, steps, learning_rate):
     """Each part fitted to its band of the weight: (factors in the parameters' dtype, method)."""
-    dtype = next(iter(start[0].values())).dtype
+    dtype = next(iter(job.parts[0].factors.values())).dtype
     work = dtype if dtype == torch.float64 else torch.float32
     metric, found, method = metric.to(work), [], ""
     first = 0
     for part, factors in zip(job.parts, start):
         rows = slice(first, first + part.shape[0])
         own = Metric(metric.second, None if metric.rows is None else metric.rows[rows])
-        fitted, method = fit_weighted(part.form, factors, weight[rows].to(work), own, steps, learning_rate)
-        found.append({name: factor.to(dtype) for name, factor in fitted.items()})
+        form, own_weight, own = _in_order(part, weight[rows].to(work), own)
+        plain = {name: factors[name] for name in part.factors}
+        fitted, method = fit_weighted(form, plain, own_weight, own, steps, learning_rate)
+        found.append({name: factor.to(dtype) for name, factor in fitted.items()} | part.orders)
         first += part.shape[0]
     return found, method
 
 
+def _in_order(part, weight, metric):
+    """The form without its permutation, and weight and metric in the order in which the factors hold them."""
+    if not part.orders:
+        return part.form, weight, metric
+    natural = {f"{axis}_order": torch.arange(n, device=weight.device) for axis, n in zip(("row", "column"), part.shape)}
+    rows, columns = (natural | part.orders)["row_order"].long().argsort(), (natural | part.orders)["column_order"].long()
+    second = None if metric.second is None else metric.second[columns][:, columns]
+    counts = None if metric.rows is None else metric.rows[rows]
+    return replace(part.form, permute=""), weight[rows][:, columns], Metric(second, counts)
+
+
 def _rebuilt(job, factors):
     """The (out, in) weight that factors stand for, float64."""
-    wide = [{name: factor.double() for name, factor in some.items()} for some in factors]
+    wide = [{name: f.double() if f.is_floating_point() else f for name, f in some.items()} for some in factors]
     return torch.cat([part.form.to_dense(some, part.shape) for part, some in zip(job.parts, wide)])
 
 
