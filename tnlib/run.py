@@ -191,8 +191,11 @@ def _print_forecast(parameters):
     from tnlib.forecast import from_parameters
 
     found = from_parameters(parameters)
-    data = ", ".join(parameters[key] for key in ("HEAL_DATASET", "DATASET") if parameters.get(key))
-    print("\n".join(f"    {line}" for line in [*str(found.plan).splitlines(), f"data: {data}", f"each healing run, {found}"]))
+    texts = [parameters.get(key) for key in ("HEAL_DATASET", "DATASET")] + list(parameters.get("ALSO_TESTED", []))
+    runs = len(parameters.get("RUNS", [1])) * len(parameters.get("HEAL_SEEDS", [1]))
+    lines = [f"data: {', '.join(dict.fromkeys(filter(None, texts)))}", f"each healing run, {found}"]
+    lines += [f"{runs} runs: {runs * found.hours:,.1f} hours"] if runs > 1 else []
+    print("\n".join(f"    {line}" for line in [*str(found.plan).splitlines(), *lines]))
 
 
 def _parser():
