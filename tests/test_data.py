@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tnlib import data
+from tnlib import data, token_file
 from tnlib.assets import AssetError, fetch, load_tokenizer
 from tnlib.data import batches, load_reviews, load_text, token_windows
+from tnlib.token_file import load_windows
 
 PROSE = "The plot of the film, thin as it is, holds for 90 minutes; then it does not. " * 40
 WIKITEXT = Path(os.environ.get("TNLIB_TEST_DATA", ""), "wikitext-2")
@@ -172,6 +173,64 @@ def test_windows_are_a_prefix_of_the_token_stream(tokenizer, monkeypatch, piece)
 def test_pieces_without_a_space_to_cut_at(monkeypatch):
     monkeypatch.setattr(data, "_PIECE", 3)
     assert "".join(data._pieces(PROSE)) == PROSE
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """A local text of many pieces, all windows of it from a file in a cache of its own."""
+    monkeypatch.setenv("TNLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "_PIECE", 100)
+    monkeypatch.setattr(token_file, "SAVED_EVERY", 4)
+    (tmp_path / "book.txt").write_text("\n".join(f"{i} {PROSE}" for i in range(40)))
+    return tmp_path / "book.txt"
+
+
+@pytest.mark.parametrize("tokens", [None, 1000])
+def test_windows_from_a_file_are_those_from_memory(book, tokenizer, monkeypatch, tokens):
+    monkeypatch.setattr(token_file, "IN_MEMORY", 10)
+    expected = token_windows(load_text(book, "train"), tokenizer, 16, tokens)
+    found = load_windows(book, tokenizer, 16, max_tokens=tokens)
+    assert found.dtype == torch.int32
+    assert found.long().equal(expected)
+    monkeypatch.setattr(token_file, "tokenized", None)  # the file is used again, for another context as well
+    assert load_windows(book, tokenizer, 8, max_tokens=tokens).flatten()[: found.numel()].equal(found.flatten())
+    assert [f.suffix for f in (book.parent / "cache" / "tokens").iterdir() if f.is_file()] == [".int32"]
+    monkeypatch.undo()
+    assert load_windows(book, tokenizer, 16, max_tokens=500).equal(expected[: 500 // 16])  # few: in memory
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 5, 9])
+def test_a_file_of_tokens_that_was_stopped_goes_on(book, tokenizer, monkeypatch, pieces):
+    read, real = [], token_file.tokenized
+
+    def killed(text, tokenizer, first=0):
+        for ids in real(text, tokenizer, first):
+            if len(read) == pieces:
+                raise KeyboardInterrupt
+            read.append(ids)
+            yield ids
+
+    monkeypatch.setattr(token_file, "tokenized", killed)
+    with pytest.raises(KeyboardInterrupt):
+        load_windows(book, tokenizer, 16)
+    monkeypatch.setattr(token_file, "tokenized", lambda *args: read.append(args[2]) or real(*args))
+    assert load_windows(book, tokenizer, 16).long().equal(token_windows(load_text(book, "train"), tokenizer, 16))
+    assert read[-1] == pieces // 4 * 4  # pieces that were not made again
+
+
+def test_a_full_disk_is_told_and_loses_nothing(book, tokenizer, monkeypatch):
+    real = token_file._save
+
+    def full(out, state, done):
+        if done["pieces"] > 8:
+            raise OSError(28, "No space left on device")
+        real(out, state, done)
+
+    monkeypatch.setattr(token_file, "_save", full)
+    with pytest.raises(AssetError, match=r"(?s)book.txt, split train: .*No space left.*set TNLIB_CACHE to another disk"):
+        load_windows(book, tokenizer, 16)
+    monkeypatch.setattr(token_file, "_save", real)
+    assert load_windows(book, tokenizer, 16).long().equal(token_windows(load_text(book, "train"), tokenizer, 16))
 
 
 def test_windows_do_not_warn_of_long_texts(tokenizer, caplog):

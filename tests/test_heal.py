@@ -309,6 +309,15 @@ def test_patience_stops_and_keeps_the_best():
     assert perplexity(student, WINDOWS[8:]).nll == pytest.approx(min(losses), abs=1e-4)
 
 
+def test_windows_from_a_file_train_as_those_in_memory():
+    ends = []
+    for windows in (WINDOWS, WINDOWS.int()):
+        student, teacher = models()
+        heal(student, teacher, (windows, windows[:3]), Heal(losses=(("next_token", 1.0), ("logits", 1.0))), SHORT)
+        ends.append(list(student.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*ends))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run():
     student, _ = models(dtype=torch.float32)
     with torch.no_grad():
@@ -327,7 +336,8 @@ def test_local_distillation_comes_first(monkeypatch):
     student, teacher = models()
     how = Heal(losses=(("local", 1.0), ("next_token", 1.0)))
     history = heal(student, teacher, WINDOWS, how, replace(SHORT, local_steps=7), seed=5)
-    assert calls == [(WINDOWS.shape, 7, 5, None)]
+    read = SHORT.steps * SHORT.batch * SHORT.accumulate
+    assert calls == [((read, WINDOWS.shape[1]), 7, 5, None)]  # no more text than the training reads
     assert "local" not in history.rows[0]
 
 

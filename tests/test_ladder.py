@@ -12,7 +12,7 @@ RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
     ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth"],
     ["form", "data", "teacher"],
-    ["van_loan"],
+    ["van_loan", "token_file"],
     ["arrange"],
     ["permute"],
     ["low_rank", "kronecker", "tensor_train"],

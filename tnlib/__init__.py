@@ -33,6 +33,7 @@ _PUBLIC = {
     "hidden": ["hidden_orders", "permute_hidden_"],
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],
+    "token_file": ["load_windows"],
     "evaluate": ["compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],
     "explore": ["Explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],

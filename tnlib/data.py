@@ -11,6 +11,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import re
 from pathlib import Path
 
@@ -39,18 +40,32 @@ def load_text(dataset="rotten-tomatoes", split="train", max_chars=None):
     Raises: ValueError for an unknown split; AssetError if the corpus cannot be had
     Source: ASSETS["rotten-tomatoes"], HUB. No document, and no line of a file, is in two of train, validation and test.
     """
+    parts, size = [], 0
+    for part in stream_text(dataset, split, streaming=max_chars is not None):
+        parts.append(part)
+        size += len(part)
+        if max_chars is not None and size >= max_chars:
+            break
+    return "".join(parts)[:max_chars]
+
+
+def stream_text(dataset="rotten-tomatoes", split="train", streaming=True):
+    """The text of load_text in parts, so that a hub corpus larger than memory can be read through.
+
+    dataset, split, Raises: as for load_text; streaming: read a hub corpus from the network as it goes, else download it first
+    Yields: str. Exact: joined, they are load_text(dataset, split).
+    """
     if split not in SPLITS:
         raise ValueError(f"load_text({str(dataset)!r}): split {split!r} is unknown; needed one of {', '.join(SPLITS)}")
     path = Path(dataset).expanduser()
     if path.is_dir():
-        text = _read(_split_file(path, split))
+        yield _read(_split_file(path, split))
     elif path.is_file():
-        text = "".join(_cut(_read(path).splitlines(keepends=True), split))
+        yield "".join(_cut(_read(path).splitlines(keepends=True), split))
     elif dataset == "rotten-tomatoes":
-        text = "\n\n".join(text for _, text in _cut(_documents(), split))
+        yield "\n\n".join(text for _, text in _cut(_documents(), split))
     else:
-        text = _hub_text(str(dataset), split, max_chars)
-    return text[:max_chars]
+        yield from _hub_text(str(dataset), split, streaming)
 
 
 def load_reviews(split="train"):
@@ -72,6 +87,7 @@ def load_reviews(split="train"):
 def token_windows(text, tokenizer, context, max_tokens=None):
     """Token ids of `text` as contiguous windows; no special tokens, and the tail that fills no window is dropped.
 
+    text: str, or an iterable of its parts as from stream_text
     context: tokens in a window
     max_tokens: use no more than this many tokens from the start
     Returns: (windows, context), int64
@@ -80,20 +96,32 @@ def token_windows(text, tokenizer, context, max_tokens=None):
     """
     if context < 2:
         raise ValueError(f"token_windows: context {context}; needed at least 2, one token to read and one to predict")
-    ids = []
-    for piece in _pieces(text):
-        # verbose=False: a text longer than the model's context is what windows are for, no cause for a warning
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if max_tokens is not None and len(ids) >= max_tokens:
-            ids = ids[:max_tokens]
+    found, size = [], 0
+    for ids in tokenized(text, tokenizer):
+        found.append(torch.tensor(ids, dtype=torch.int64))
+        size += len(ids)
+        if max_tokens is not None and size >= max_tokens:
+            size = max_tokens
             break
-    windows = len(ids) // context
-    if windows == 0:
+    windows = count_windows(size, context, max_tokens)
+    return torch.cat(found)[: windows * context].view(windows, context)
+
+
+def tokenized(text, tokenizer, first=0):
+    """Token ids of a text, a list for each piece of it from the `first` one on; see token_windows."""
+    for piece in itertools.islice(_pieces([text] if isinstance(text, str) else text), first, None):
+        # verbose=False: a text longer than the model's context is what windows are for, no cause for a warning
+        yield tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def count_windows(tokens, context, max_tokens=None):
+    """Whole windows in so many tokens. Raises: ValueError if there is none"""
+    if tokens < context:
         raise ValueError(
-            f"token_windows: the text has {len(ids)} tokens{'' if max_tokens is None else f' (max_tokens {max_tokens})'}, "
+            f"token_windows: the text has {tokens} tokens{'' if max_tokens is None else f' (max_tokens {max_tokens})'}, "
             f"needed at least one window of context {context}; give a longer text or a smaller context"
         )
-    return torch.tensor(ids[: windows * context]).view(windows, context)
+    return tokens // context
 
 
 def batches(windows, batch, seed=None):
@@ -134,15 +162,19 @@ def _cut(items, split):
     return items[first:last]
 
 
-def _pieces(text):
-    """Consecutive parts of `text`, cut before a space, where byte-level BPE and WordPiece start a new token anyway."""
-    start = 0
-    while start < len(text):
-        end = start + _PIECE
-        if end < len(text) and (space := text.rfind(" ", start + 1, end)) > 0:
-            end = space
-        yield text[start:end]
-        start = end
+def _pieces(parts):
+    """A text in pieces of like size, cut before a space, where byte-level BPE and WordPiece start a new token anyway."""
+    left = ""
+    for part in parts:
+        for start in range(0, len(part), _PIECE):  # a long part is not copied again for every piece
+            left += part[start : start + _PIECE]
+            while len(left) > _PIECE:
+                space = left.rfind(" ", 1, _PIECE)
+                end = space if space > 0 else _PIECE
+                yield left[:end]
+                left = left[end:]
+    if left:
+        yield left
 
 
 def _read(file):
@@ -165,8 +197,8 @@ def _split_file(folder, split):
     return found[0]
 
 
-def _hub_text(dataset, split, max_chars):
-    """Rows of a hub data set joined by a blank line, as in published WikiText perplexities."""
+def _hub_text(dataset, split, streaming):
+    """Rows of a hub data set, a blank line between them, as in published WikiText perplexities."""
     if dataset not in HUB and "/" not in dataset:
         raise AssetError(
             f"dataset {dataset!r}: neither a local path nor a known name; needed rotten-tomatoes (no hub needed), "
@@ -178,13 +210,9 @@ def _hub_text(dataset, split, max_chars):
     try:
         import datasets
 
-        rows = datasets.load_dataset(repository, configuration, split=split, streaming=max_chars is not None)
-        texts, size = [], -2  # no blank line before the first
-        for row in rows:
-            texts.append(row[column])
-            size += len(row[column]) + 2
-            if max_chars is not None and size >= max_chars:
-                break
+        rows = datasets.load_dataset(repository, configuration, split=split, streaming=streaming)
+        for number, row in enumerate(rows):
+            yield f"\n\n{row[column]}" if number else row[column]
     except Exception as error:  # datasets, the hub client, httpx and the file system each raise their own
         reason = next(iter(str(error).splitlines()), "")
         raise AssetError(
@@ -192,4 +220,3 @@ def _hub_text(dataset, split, max_chars):
             f"that reaches {repository} on the Hugging Face hub, and a split and column {column!r} that it has; "
             "else give the path of a local text file or folder, or use rotten-tomatoes"
         ) from error
-    return "\n\n".join(texts)

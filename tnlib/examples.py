@@ -26,7 +26,12 @@ class Examples(Dataset):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)
         window = int(self.order[place])
-        return {name: tensor[window] for name, tensor in self.tensors.items()} | {"window": torch.tensor(window)}
+        return {name: _wide(tensor[window]) for name, tensor in self.tensors.items()} | {"window": torch.tensor(window)}
+
+
+def _wide(values):
+    """int32 ids, as files hold them, as the int64 that losses need."""
+    return values.long() if values.dtype == torch.int32 else values
 
 
 def stack(items):
@@ -37,11 +42,12 @@ def stack(items):
 def split(data):
     """Training and validation data as dictionaries of tensors, labels included; validation None where there is none.
 
-    data: windows (n, context) int64, or a dictionary with input_ids and perhaps attention_mask and labels; or a pair
+    data: windows (n, context) int64 or int32, or a dictionary with input_ids and perhaps attention_mask and labels; or a pair
     Raises: ValueError
     """
     train, validation = data if isinstance(data, (tuple, list)) else (data, None)
-    return _tensors(train, "data"), None if validation is None else _tensors(validation, "validation data")
+    held_out = None if validation is None else _tensors(validation, "validation data")
+    return _tensors(train, "data"), held_out and {name: _wide(tensor) for name, tensor in held_out.items()}
 
 
 def _tensors(data, where):
@@ -50,12 +56,12 @@ def _tensors(data, where):
     if (
         not isinstance(ids, torch.Tensor)
         or ids.dim() != 2
-        or ids.dtype != torch.int64
+        or ids.dtype not in (torch.int64, torch.int32)
         or ids.shape[1] < 2
         or not len(ids)
     ):
         got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ValueError(f"heal: {where} is {got}; needed windows (n, context) int64. Make them with token_windows.")
+        raise ValueError(f"heal: {where} is {got}; needed windows (n, context) int64 or int32. Make them with token_windows or load_windows.")
     if odd := [f"{name} {tuple(t.shape)}" for name, t in tensors.items() if len(t) != len(ids)]:
         raise ValueError(
             f"heal: {where} has {len(ids)} input_ids and {', '.join(odd)}; needed one row an example in each."

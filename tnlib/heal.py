@@ -28,7 +28,7 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
 
     student: a causal language model of transformers, or another model when no loss is "next_token"
     teacher: the dense model, a PrecomputedTeacher, or None where no loss needs one; it is not changed
-    data: windows (n, context) int64 as from token_windows, or a dictionary of tensors such as input_ids, attention_mask
+    data: windows (n, context) as from token_windows or load_windows, or a dictionary of tensors such as input_ids, attention_mask
         and labels with one example a row; or a pair of these: (train, validation)
     heal, budget: a Heal (a recipe's, or yours) and a Budget
     out: folder for checkpoints and history.csv. The same call goes on where it was stopped, or returns at once when it
@@ -66,7 +66,8 @@ def _run(student, teacher, train, validation, heal, budget, folder, seed, progre
     """Train, put the result into the student, and mark the folder as finished."""
     checkpoint = folder.latest() if folder else None
     if checkpoint is None and any(name == "local" for name, _ in heal.losses):
-        _fit_locally(student, teacher, train["input_ids"], budget, folder, seed, progress)
+        read = budget.steps * budget.batch * budget.accumulate  # the fit sees no more text than the training does
+        _fit_locally(student, teacher, train["input_ids"][:read].long(), budget, folder, seed, progress)
     select_trainable_(student, heal.train)
     trained = _to_shard(student) if is_sharded() else student
     examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)

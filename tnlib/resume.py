@@ -188,8 +188,9 @@ def fingerprint(model, entries=65536):
 def digest(tensor):
     """A short SHA-256 of a tensor's type, shape and bytes."""
     tensor = tensor.detach().cpu().contiguous()
-    head = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.sha256(head + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    total = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    total.update(tensor.view(torch.uint8).numpy())  # no copy: it may be a file larger than memory
+    return total.hexdigest()[:16]
 
 
 def same_fingerprint(one, other):

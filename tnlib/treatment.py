@@ -133,7 +133,7 @@ class Budget:
     eval_every: steps between evaluations on the validation windows (and one at the end); 0: none
     patience: stop after so many evaluations without a better validation loss, and keep the best weights; None: never
     log_every: steps in a row of the history; 0: a hundredth of all steps, at least 1
-    local_steps: of the local feature distillation that the loss "local" asks for
+    local_steps: of the local feature distillation that the loss "local" asks for; it reads as many windows as the training
     Raises: ValueError that names the field
     """
 
