@@ -388,6 +388,8 @@ def test_yaml_without_its_surprises():
         "g": [1, 2.5],
         "h": None,
     }
+    with pytest.raises(PresetError, match="here: got the key 'a' twice"):
+        literal("{a: 1, b: 2, a: 3}", "here")
 
 
 # -------------------------------------------------------------------------------------------- order, disk

@@ -20,7 +20,14 @@ import yaml
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML without the surprises of version 1.1: 1e-3 is a number; no, off and 2024-01-31 are text."""
+    """YAML without its surprises: 1e-3 is a number; no, off and 2024-01-31 are text; a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for number, key in enumerate(keys) if key in keys[:number]), None):
+            problem = f"the key {twice!r} twice"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.yaml_implicit_resolvers = {
