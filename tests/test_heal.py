@@ -485,17 +485,24 @@ def test_a_precomputed_teacher_is_refused_where_it_does_not_fit(tmp_path):
 # ---- stages
 
 
+def test_what_is_skipped_was_the_start_of_the_same_order():
+    whole, rest = (Examples({"input_ids": WINDOWS}, 30 - skip, 5, skip) for skip in (0, 8))
+    assert all(torch.equal(whole[8 + i]["input_ids"], rest[i]["input_ids"]) for i in range(22))  # over two epochs' ends
+
+
 def test_tqcompressor_in_three_stages(tmp_path, monkeypatch):
-    model, seen = tiny("gpt2", torch.float32), []
+    model, seen, read = tiny("gpt2", torch.float32), [], []
     recipe = papers["tqcompressor-81m"]
 
     def watched(student, *args, **options):
         seen.append((student.transformer.wte.form.right, type(student.transformer.h[1].mlp.c_fc).__name__))
         assert student.transformer.wte.left is student.lm_head.left
+        read.append(args[-1])
         return heal(student, *args, **options)
 
     monkeypatch.setattr("tnlib.stages.heal", watched)
     student, history = compress_and_heal(model, recipe, WINDOWS, Budget(steps=7, batch=2), out=tmp_path)
+    assert read == [0, 4, 8]  # examples read before each stage
     assert seen == [((1, 2), "Conv1D"), ((1, 2), "FactorizedLinear"), ((1, 4), "FactorizedLinear")]
     assert sum(p.numel() for p in student.parameters()) == plan(model, recipe).total
     assert isinstance(student.transformer.wte, FactorizedEmbedding)

@@ -9,19 +9,19 @@ from tnlib.losses import IGNORE
 class Examples(Dataset):
     """All examples of a run in order: permutation after permutation of the data, each from its own seed.
 
-    tensors: by name, first axis the example; length: examples in all
-    Exact: item i depends on seed and i only, so any grouping into batches, processes or restarts sees the same order.
+    tensors: by name, first axis the example; length: examples in all; skip: of the order, read by an earlier run
+    Exact: item i depends on seed and skip + i only, so any grouping into batches, processes or restarts sees the same order.
     """
 
-    def __init__(self, tensors, length, seed):
-        self.tensors, self.length, self.seed = tensors, length, seed
+    def __init__(self, tensors, length, seed, skip=0):
+        self.tensors, self.length, self.seed, self.skip = tensors, length, seed, skip
         self.size, self.epoch, self.order = len(next(iter(tensors.values()))), None, None
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        epoch, place = divmod(index, self.size)
+        epoch, place = divmod(self.skip + index, self.size)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.epoch, self.order = epoch, torch.randperm(self.size, generator=generator)

@@ -23,7 +23,7 @@ from tnlib.teacher import check_windows
 from tnlib.trainer import HealTrainer, is_sharded
 
 
-def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
+def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None, skip=0):
     """Train `student` back, in place.
 
     student: a causal language model of transformers, or another model when no loss is "next_token"
@@ -35,6 +35,7 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
         was finished; other arguments are refused. None: nothing is kept
     seed: order of the data, and dropout where the model's configuration has any
     progress: a bar, and in a notebook a curve (default: where someone watches)
+    skip: examples at the start of the seed's order that are left out, as an earlier stage has read them
     Returns: History
     Raises: ValueError (RecipeError for names) with what was got and needed, FloatingPointError when a loss is not finite
     Trains where the student is, on one device; under `accelerate launch`, where accelerate puts it, batch shared out.
@@ -50,7 +51,7 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
         if out is not None:
             if main:
                 stack.enter_context(only_one(out))
-            folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, seed), main)
+            folder = Folder(out, _arguments(student, teacher, train, validation, heal, budget, (seed, skip)), main)
             if folder.finished:
                 folder.load(student)
                 return read_history(folder.history)
@@ -59,18 +60,18 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None):
         for model in (student, teacher):
             if isinstance(model, torch.nn.Module):
                 stack.enter_context(_as_before(model, "attention" in heal.weights))
-        return _run(student, teacher, train, validation, heal, budget, folder, seed, progress, scratch)
+        return _run(student, teacher, train, validation, heal, budget, folder, (seed, skip), progress, scratch)
 
 
-def _run(student, teacher, train, validation, heal, budget, folder, seed, progress, scratch):
+def _run(student, teacher, train, validation, heal, budget, folder, order, progress, scratch):
     """Train, put the result into the student, and mark the folder as finished."""
-    checkpoint = folder.latest() if folder else None
+    checkpoint, (seed, skip) = folder.latest() if folder else None, order
     if checkpoint is None and any(name == "local" for name, _ in heal.losses):
         read = budget.steps * budget.batch * budget.accumulate  # the fit sees no more text than the training does
         _fit_locally(student, teacher, train["input_ids"][:read].long(), budget, folder, seed, progress)
     select_trainable_(student, heal.train)
     trained = _to_shard(student) if is_sharded() else student
-    examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed)
+    examples = Examples(train, budget.steps * budget.batch * budget.accumulate, seed, skip)
     args = _training_arguments(student, heal, budget, seed, scratch)
     teacher = teacher if set(heal.needs_teacher) - {"local"} else None
     trainer = HealTrainer(trained, teacher, examples, validation, heal, budget, args, folder, progress)
@@ -121,11 +122,12 @@ def _check(student, teacher, train, validation, heal, budget):
             check_windows("heal", student, tensors["input_ids"])
 
 
-def _arguments(student, teacher, train, validation, heal, budget, seed):
+def _arguments(student, teacher, train, validation, heal, budget, order):
     """All that decides the result, as JSON data; how often it is saved does not."""
     amounts = {name: value for name, value in asdict(budget).items() if name not in ("save_every", "log_every")}
     theirs = fingerprint(teacher) if isinstance(teacher, torch.nn.Module) else teacher and teacher.fingerprint
-    found = {"heal": {k: v for k, v in asdict(heal).items() if k != "source"}, "budget": amounts, "seed": seed}
+    found = {"heal": {k: v for k, v in asdict(heal).items() if k != "source"}, "budget": amounts}
+    found |= dict(zip(("seed", "skip"), order))
     found |= {"student": fingerprint(student), "teacher": theirs}
     for name, tensors in (("data", train), ("validation", validation)):
         found[name] = tensors and {key: digest(tensor) for key, tensor in tensors.items()}

@@ -16,7 +16,8 @@ def compress_and_heal(model, recipe, data, budget, *, teacher=None, out=None, se
     """Factorize a copy of `model` by a recipe and heal it; with stages, a stage at a time (TQCompressor).
 
     model: the dense model, not changed; teacher: for the losses that need one; None: `model` itself
-    budget: with stages, its steps are divided among them evenly, the last gets the rest; each starts the schedule anew
+    budget: with stages, its steps are divided among them evenly, the last gets the rest; each starts the schedule anew,
+        and reads on in the same order of the data where the one before it ended
     out: folder; with stages, one folder a stage in it. The same call resumes, see heal
     Returns: the student, and its History, in which steps, tokens and seconds run on from stage to stage
     Raises: RecipeError when the recipe has no Heal, or its stages do not end in its rules; what factorize_ and heal raise
@@ -34,7 +35,7 @@ def compress_and_heal(model, recipe, data, budget, *, teacher=None, out=None, se
         raise ValueError(
             f"compress_and_heal: got steps={budget.steps} for {len(stages)} stages; needed at least one each."
         )
-    student, histories = copy.deepcopy(model), []
+    student, histories, read = copy.deepcopy(model), [], 0
     teacher = model if teacher is None else teacher
     for number, rules in enumerate(stages):
         _densify_claimed(student, rules)
@@ -42,7 +43,8 @@ def compress_and_heal(model, recipe, data, budget, *, teacher=None, out=None, se
         folder = None if out is None else Path(out) / f"stage-{number}" if recipe.stages else Path(out)
         steps = _share(budget.steps, len(stages), number)
         part = replace(budget, steps=steps)
-        histories.append(heal(student, teacher, data, recipe.heal, part, folder, seed + number, progress))
+        histories.append(heal(student, teacher, data, recipe.heal, part, folder, seed, progress, read))
+        read += steps * budget.batch * budget.accumulate
     assert sum(p.numel() for p in student.parameters()) == total
     return student, joined(histories, bool(recipe.stages))
 
