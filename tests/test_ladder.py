@@ -9,8 +9,8 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments", "quant"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "packing"],
     ["form", "data", "teacher"],
     ["van_loan", "token_file"],
     ["arrange"],
@@ -22,7 +22,7 @@ RUNGS = [
     ["fit_store"],
     ["objective"],
     ["keeper"],
-    ["surgery", "trainer", "forecast", "hidden", "local"],
+    ["surgery", "trainer", "forecast", "hidden", "local", "quantize"],
     ["heal"],
     ["stages"],
     ["presets", "report"],

@@ -60,11 +60,17 @@ class Form:
         sizes = self.resolve(shape).index_shapes(shape).items()
         return {name: torch.arange(*size, dtype=torch.int32, device=device) for name, size in sizes}
 
-    def forward(self, x, factors, shape):
-        """x (…, in) -> (…, out) by the cheapest plan for this many tokens: contract the factors, or rebuild the weight."""
+    def forward(self, x, factors, shape, between=None):
+        """x (…, in) -> (…, out) by the cheapest plan for this many tokens: contract the factors, or rebuild the weight.
+
+        between: a function of a tensor and its place, applied to the input and to each intermediate result; the plan is then
+            always the first contraction of `plans`, so that places mean the same for any number of tokens
+        """
         flat = x.reshape(-1, shape[1])  # (tokens, in)
-        plan = choose(self, shape, flat.shape[0], x.device.type)
-        if plan == "rebuild":
+        plan = choose(self, shape, flat.shape[0], x.device.type) if between is None else self.plans(shape, 1)[0].name
+        if between is not None:
+            y = self.contract(between(flat, "input"), factors, shape, plan, between)  # (tokens, out)
+        elif plan == "rebuild":
             y = F.linear(flat, self.to_dense(factors, shape))  # (tokens, out)
         else:
             y = self.contract(flat, factors, shape, plan)  # (tokens, out)
@@ -81,6 +87,11 @@ class Form:
             f"{f.name}={_short(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
         ]
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def as_it_is(x, place):
+    """The `between` of a contraction whose intermediate results nobody changes."""
+    return x
 
 
 def _short(value):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import Form, check_kept, measured_error, positive, refuse_init
+from tnlib.form import Form, as_it_is, check_kept, measured_error, positive, refuse_init
 from tnlib.permute import AXES, SEARCHES, permute_kronecker
 from tnlib.shapes import ShapeError, check_weight
 from tnlib.van_loan import KroneckerFit, nearest_kronecker, rearrange, sum_of_products
@@ -205,7 +205,7 @@ class Kronecker(Form):
         moved = 2 * math.prod(shape) * len(self.index_shapes(shape))
         return [left, right, replace(rebuild, elements=rebuild.elements + moved)]
 
-    def contract(self, x, factors, shape, plan="left first"):
+    def contract(self, x, factors, shape, plan="left first", between=as_it_is):
         """x (tokens, in) -> (tokens, out): y[i, j] = sum_{k, p, q} left[k, i, p] right[k, j, q] x[p, q].
 
         With orders, x is taken in column order first and y in row order last.
@@ -218,10 +218,10 @@ class Kronecker(Form):
         if plan == "left first":
             z = F.linear(x.transpose(1, 2), a.reshape(k * l0, l1))  # (tokens, r1, k*l0)
             z = z.reshape(-1, r1 * k, l0).transpose(1, 2)  # (tokens, l0, r1*k)
-            y = z @ b.permute(2, 0, 1).reshape(r1 * k, r0)  # (tokens, l0, r0)
+            y = between(z, "left") @ b.permute(2, 0, 1).reshape(r1 * k, r0)  # (tokens, l0, r0)
         else:
             z = F.linear(x, b.reshape(k * r0, r1)).reshape(-1, l1 * k, r0)  # (tokens, l1*k, r0)
-            y = a.permute(1, 2, 0).reshape(l0, l1 * k) @ z  # (tokens, l0, r0)
+            y = a.permute(1, 2, 0).reshape(l0, l1 * k) @ between(z, "right")  # (tokens, l0, r0)
         y = y.reshape(-1, shape[0])  # (tokens, out)
         return y.index_select(1, factors["row_order"]) if "row_order" in factors else y
 

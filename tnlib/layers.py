@@ -23,6 +23,7 @@ class _Factorized(nn.Module):
         self.shape = (int(shape[0]), int(shape[1]))  # (out, in); for an embedding (rows, dim)
         self.form = form.resolve(self.shape)
         self.error = None  # relative Frobenius error of the decomposition this layer came from; None if drawn at random
+        self.between = None  # module applied to the input and to intermediate results, see Form.forward
         for name, size in self.form.factor_shapes(self.shape).items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
         for name, order in self.form.natural_orders(self.shape, device).items():
@@ -141,9 +142,10 @@ class FactorizedLinear(_Factorized):
             raise ShapeError(
                 f"FactorizedLinear: got input {tuple(x.shape)}; needed (…, {self.shape[1]}), weight {self.shape} (out, in)."
             )
-        if x.numel() == 0 or not self.factors:
+        operands = self.operands
+        if x.numel() == 0 or not operands:
             return F.linear(x, self.weight, self.bias)
-        y = self.form.forward(x, self.operands, self.shape)
+        y = self.form.forward(x, operands, self.shape, self.between)
         return y if self.bias is None else y + self.bias
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import Form, check_kept, positive, refuse_init, relative
+from tnlib.form import Form, as_it_is, check_kept, positive, refuse_init, relative
 from tnlib.shapes import ShapeError, check_weight
 from tnlib.spectrum import truncate
 
@@ -102,9 +102,9 @@ class LowRank(Form):
         )
         return [thin, self._rebuild_plan(shape, tokens, 2 * out * self.rank * width)]
 
-    def contract(self, x, factors, shape, plan="factors"):
+    def contract(self, x, factors, shape, plan="factors", between=as_it_is):
         """x (tokens, in) -> (tokens, out)."""
-        return F.linear(F.linear(x, factors["right"]), factors["left"])  # (tokens, rank) -> (tokens, out)
+        return F.linear(between(F.linear(x, factors["right"]), "rank"), factors["left"])  # (tokens, rank) -> (tokens, out)
 
     def row_plans(self, shape, tokens):
         """One way to look up rows: gather left, multiply."""

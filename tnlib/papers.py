@@ -117,7 +117,7 @@ COMPACTIFAI = Recipe(
     ),
     heal=Heal(source="less than one epoch of UltraChat, Alpaca and OpenHermes; learning rate and steps unpublished"),
     quantize=Quantize(
-        bits=4, what="dense", when="after", learnable_scale=False, source="the '93 %' variant, v2 section 3"
+        bits=4, what="dense", when="after", learn="frozen", source="the '93 %' variant, v2 section 3"
     ),
     notes="down_proj, embeddings and head stay dense, as the paper advises",
 )

@@ -15,6 +15,7 @@ from tnlib.families import FAMILIES, ROLES, patterns, translate
 from tnlib.form import Form, positive
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
+from tnlib.quant import Quantize
 from tnlib.shapes import is_conv1d
 from tnlib.tensor_train import TensorTrain
 from tnlib.treatment import Heal, RecipeError
@@ -61,18 +62,6 @@ class Rule:
         """Patterns that this rule means in a model family; a role that the family does not have gives ()."""
         given = (self.where,) if isinstance(self.where, str) else self.where
         return tuple(p for where in given for p in (patterns(model_type, where) if where in ROLES else (where,)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantize:
-    """Which tensors get an integer grid, of how many bits, and when."""
-
-    bits: int
-    what: str = "factors"  # or "dense": the matrices that no rule touched
-    when: str = "during"  # fake-quantized while healing, or "after"
-    activation_bits: int | None = None
-    learnable_scale: bool = True
-    source: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import math
 import re
 
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
+from tnlib.quant import FakeQuantize
 from tnlib.treatment import KINDS, RecipeError
 
 
@@ -42,11 +43,17 @@ def curriculum_over(heal, step, layers):
 
 def kinds(model):
     """Each parameter's kind by its name, a shared one once: "factors", "scalars" or "rest"."""
-    factors = {}
+    found = {}
     for module in model.modules():
         if isinstance(module, (FactorizedLinear, FactorizedEmbedding)):
-            factors |= {id(factor): "scalars" if n == "scale" else "factors" for n, factor in module.factors.items()}
-    return {name: factors.get(id(parameter), "rest") for name, parameter in model.named_parameters()}
+            sizes = module.form.factor_shapes(module.shape)
+            for name, parameter in module.named_parameters():
+                if (factor := name.removeprefix("parametrizations.").split(".")[0]) in sizes:
+                    found[id(parameter)] = "scalars" if factor == "scale" else "factors"
+    for module in model.modules():
+        if isinstance(module, FakeQuantize):
+            found |= {id(p): "scalars" for p in module.parameters()}
+    return {name: found.get(id(parameter), "rest") for name, parameter in model.named_parameters()}
 
 
 def select_trainable_(model, train):
@@ -84,7 +91,8 @@ def parameter_groups(model, heal):
             group = next((g for g in heal.groups if g.where == found[name] or covers(g.where, name)), None)
             lr, decay = (getattr(group, key, None) for key in ("learning_rate", "weight_decay"))
             lr = heal.learning_rate if lr is None else lr
-            decay = (heal.weight_decay if decay is None else decay) if parameter.dim() > 1 else 0.0
+            matrix = parameter.dim() > 1 and found[name] != "scalars"
+            decay = (heal.weight_decay if decay is None else decay) if matrix else 0.0
             groups.setdefault((lr, decay), []).append(parameter)
     return [{"params": members, "lr": lr, "weight_decay": decay} for (lr, decay), members in groups.items()]
 

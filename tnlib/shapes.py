@@ -95,6 +95,14 @@ def balanced_modes(size, order):
     return found
 
 
+def padded_modes(size, order):
+    """Modes whose product is the smallest number from `size` on that splits well: no mode more than twice another.
+
+    Exact: (12, 13, 14, 14) for BERT's 30,522 words, 54 rows of padding.
+    """
+    return balanced_modes(_next_splittable(size - 1, order), order)
+
+
 def prime_factors(size):
     """Prime factors of `size`, ascending with repetition: 12 -> (2, 2, 3)."""
     factors, p = [], 2

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import Form, check_kept, largest, positive, refuse_init, relative
+from tnlib.form import Form, as_it_is, check_kept, largest, positive, refuse_init, relative
 from tnlib.shapes import ShapeError, balanced_modes, check_weight
 from tnlib.spectrum import truncate
 
@@ -155,7 +155,7 @@ class _Train(Form):
         """The same form with modes and the ranks that are really possible for a weight of `shape` (out, in)."""
         form = replace(
             self,
-            out_modes=self.out_modes or balanced_modes(shape[0], self.order),
+            out_modes=self.out_modes or self._split_rows(shape[0]),
             in_modes=self.in_modes or balanced_modes(shape[1], self.order),
             order=None,
         )
@@ -177,6 +177,9 @@ class _Train(Form):
                 fits, max(possible_ranks(where, modes)), f"{where} kept={self.kept} of weight {tuple(shape)} (out, in)"
             )
         )
+
+    def _split_rows(self, size):
+        return balanced_modes(size, self.order)
 
     def _check_modes(self, shape):
         for side, modes, size in (("out", self.out_modes, shape[0]), ("in", self.in_modes, shape[1])):
@@ -256,10 +259,10 @@ class TensorTrain(_Train):
         halves = Plan("halves", 2 * tokens * r * (out + width) + merge, moved, 2 * len(self.ranks))
         return [halves, self._rebuild_plan(shape, tokens, 2 * out * r * width + merge)]
 
-    def contract(self, x, factors, shape, plan="halves"):
+    def contract(self, x, factors, shape, plan="halves", between=as_it_is):
         """x (tokens, in) -> (tokens, out)."""
         left, right = self._halves(factors)
-        return x @ left @ right  # (tokens, r) -> (tokens, out)
+        return between(x @ left, "rank") @ right  # (tokens, r) -> (tokens, out)
 
     def row_plans(self, shape, tokens):
         """One way to look up rows: merge the halves, gather columns of R."""

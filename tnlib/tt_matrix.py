@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import measured_error, refuse_init
-from tnlib.shapes import ShapeError, check_weight
+from tnlib.form import as_it_is, measured_error, refuse_init
+from tnlib.shapes import ShapeError, check_weight, padded_modes
 from tnlib.tensor_train import TensorTrainFit, _Train, merge_left, merge_right, names, tt_svd
 
 
@@ -52,7 +52,8 @@ def _interleave(weight, out_modes, in_modes):
 class TTMatrix(_Train):
     """weight (out, in) as cores (r, out_k, in_k, r'); `max_rank` is the bond dimension. MPO is another name for it.
 
-    pad_rows: let out_modes multiply to more than the weight's rows (a vocabulary that has no modes); the extra rows are zero
+    pad_rows: let out_modes multiply to more than the weight's rows (a vocabulary that has no modes); the extra rows are zero.
+        With order=, modes are those of the next number that splits well
     """
 
     pad_rows: bool = False
@@ -61,6 +62,9 @@ class TTMatrix(_Train):
 
     def _modes(self):
         return tuple(o * i for o, i in zip(self.out_modes, self.in_modes))
+
+    def _split_rows(self, size):
+        return padded_modes(size, self.order) if self.pad_rows else super()._split_rows(size)
 
     def _check_modes(self, shape):
         if len(self.out_modes) != len(self.in_modes):
@@ -141,22 +145,24 @@ class TTMatrix(_Train):
         sweeps = [self._sweep_plan("left to right", tokens, True), self._sweep_plan("right to left", tokens, False)]
         return [*sweeps, self._rebuild_plan(shape, tokens, build)]
 
-    def contract(self, x, factors, shape, plan="left to right"):
+    def contract(self, x, factors, shape, plan="left to right", between=as_it_is):
         """x (tokens, in) -> (tokens, out), one small matrix times a batch of blocks for each core."""
-        cores, tokens = names(factors), x.shape[0]
+        cores, tokens, last = names(factors), x.shape[0], len(factors) - 1
         blocks, ahead, done = tokens, shape[1], 1
         if plan == "left to right":
-            for core in cores:  # state: (tokens * outputs done, r * i, inputs ahead)
+            for k, core in enumerate(cores):  # state: (tokens * outputs done, r * i, inputs ahead)
                 r, o, i, s = core.shape
                 ahead //= i
                 x = core.permute(1, 3, 0, 2).reshape(o * s, r * i) @ x.reshape(blocks, r * i, ahead)
+                x = between(x, f"core{k}") if k < last else x
                 blocks *= o
         else:
             blocks *= shape[1]
-            for core in reversed(cores):  # state: (tokens * inputs ahead, i * s, outputs done)
+            for k, core in reversed(list(enumerate(cores))):  # state: (tokens * inputs ahead, i * s, outputs done)
                 r, o, i, s = core.shape
                 blocks //= i
                 x = core.reshape(r * o, i * s) @ x.reshape(blocks, i * s, done)
+                x = between(x, f"core{k}") if k else x
                 done *= o
         return x.reshape(tokens, -1)[:, : shape[0]]  # (tokens, out)
 

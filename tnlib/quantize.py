@@ -1,0 +1,244 @@
+"""Quantization of whole models: fake_quantize_ trains on a grid, quantize_ stores it. Layers know nothing of either.
+
+A factor or a weight gets a parametrization (torch.nn.utils.parametrize): reading layer.core0 then gives what the grid leaves of it.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tnlib.layers import FactorizedEmbedding, FactorizedLinear
+from tnlib.low_rank import LowRank
+from tnlib.packing import Packed, QuantizedEmbedding, packed_bytes
+from tnlib.quant import FakeQuantize, QuantizeError
+from tnlib.recipe import dense_modules
+
+EXAMPLES = 16  # rows of `data` that activation scales start from
+
+
+class Target(NamedTuple):
+    """A tensor to quantize: attribute `attribute` of the module called `name`."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+
+    @property
+    def parametrization(self):
+        """What stands on it: FakeQuantize, Packed, or None."""
+        found = getattr(self.module, "parametrizations", {})
+        return found[self.attribute][0] if self.attribute in found else None
+
+    @property
+    def original(self):
+        """The tensor itself, under whatever stands on it."""
+        if self.parametrization is None:
+            return getattr(self.module, self.attribute)
+        return self.module.parametrizations[self.attribute].original
+
+
+def targets(model, quantize):
+    """The tensors that a Quantize means, tied ones under each of their names.
+
+    Raises: QuantizeError when there are none
+    """
+    found = []
+    for name, module in model.named_modules():
+        if quantize.what == "factors" and isinstance(module, (FactorizedLinear, FactorizedEmbedding)):
+            sizes = module.form.factor_shapes(module.shape)
+            found += [Target(name, module, factor) for factor, size in sizes.items() if len(size) > 1]
+    if quantize.what == "dense":
+        found = [Target(name, module, "weight") for name, module in dense_modules(model).items()]
+    if not found:
+        raise QuantizeError(
+            f"Quantize(what={quantize.what!r}): this {type(model).__name__} has no such tensors that are still float; needed some. "
+            "Factorize it first, or choose the other of 'factors' and 'dense'."
+        )
+    return found
+
+
+def fake_quantize_(model, quantize, data=None):
+    """See every tensor that `quantize` means through its integer grid from now on, in place; training goes through it.
+
+    model: factorized, or dense where quantize.what is "dense"; it stays float, and its parameters stay what they were
+    data: windows (n, context) or a dictionary of input tensors, needed where quantize.activation_bits is set: the scales
+        of activations start from its first EXAMPLES rows
+    Raises: QuantizeError for a model without such tensors or with a grid on them already, for NaN, or for missing data
+    Exact: afterwards every such tensor is a fixed point of its grid; quantize_ then changes no bit of it.
+    """
+    found = targets(model, quantize)
+    _refuse_twice(found)
+    if quantize.activation_bits and data is None:
+        raise QuantizeError(
+            f"fake_quantize_: got activation_bits={quantize.activation_bits} and no data; needed examples to start the scales from. "
+            "Give data=, the training data."
+        )
+    fakes = {id(target.original): target.original for target in found}  # a shared tensor once
+    fakes = {key: FakeQuantize(tensor, quantize) for key, tensor in fakes.items()}  # all, before any is put in place
+    for target in found:
+        fake = fakes[id(target.original)].train(target.module.training)
+        parametrize.register_parametrization(target.module, target.attribute, fake)
+    if quantize.activation_bits:
+        _quantize_activations(model, quantize, data)
+
+
+def _refuse_twice(found):
+    for target in found:
+        if target.parametrization is not None:
+            raise QuantizeError(
+                f"fake_quantize_: {target.name}.{target.attribute} has a {type(target.parametrization).__name__} already; needed a "
+                "float tensor. Quantize a copy of the model that has none."
+            )
+
+
+class Between(nn.Module):
+    """Grids of a layer's input and intermediate results, one scale each, by place; see Form.forward.
+
+    Places get their grids while `observing` is true, from the first tensor that passes.
+    """
+
+    def __init__(self, quantize):
+        super().__init__()
+        self.quantize, self.observing = replace(quantize, scales="tensor"), True
+        self.grids = nn.ModuleDict()
+
+    def forward(self, x, place):
+        """x through the grid of its place."""
+        if self.observing and place not in self.grids:
+            self.grids[place] = FakeQuantize(x, self.quantize, self.quantize.activation_bits)
+        return self.grids[place](x)
+
+
+def _quantize_activations(model, quantize, data):
+    """Give every factorized linear layer a Between, and start its scales from the data's first rows."""
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLinear)]
+    for layer in layers:
+        layer.between = Between(quantize)
+    rows = data if isinstance(data, dict) else {"input_ids": data}
+    device = next(model.parameters()).device
+    inputs = {name: tensor[:EXAMPLES].to(device) for name, tensor in rows.items() if name != "labels"}
+    if inputs["input_ids"].dtype == torch.int32:
+        inputs["input_ids"] = inputs["input_ids"].long()
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except BaseException:
+        for layer in layers:
+            layer.between = None
+        raise
+    finally:
+        model.train(training)
+    for layer in layers:
+        layer.between.observing = False
+        if not layer.between.grids:
+            layer.between = None  # the data never came here: a head that this task does not use
+
+
+def quantize_(model, quantize):
+    """Store every tensor that `quantize` means as packed integers and scales, in place; returns None.
+
+    model: fake-quantized by the same Quantize (its learned scales are taken), or float (scales start from the tensors)
+    Afterwards the tensors are buffers that are unpacked when they are read, on any device; an embedding table unpacks the
+    rows looked up only. Grids of activations stay as fake_quantize_ left them, in float.
+    Raises: QuantizeError for bits that are not stored (2, 4, 8), for another Quantize than the model was trained with
+    Exact: the model computes what it did fake-quantized, bit for bit; its bytes are those that quantized_size names.
+    """
+    packed_bytes(0, quantize.bits)
+    found, stored = targets(model, quantize), {}
+    for target in found:
+        there = target.parametrization
+        if isinstance(there, Packed):
+            _refuse_twice([target])
+        if there is not None and there.quantize != quantize:
+            raise QuantizeError(
+                f"quantize_: {target.name}.{target.attribute} was trained on the grid {there.quantize}; needed the same, got {quantize}."
+            )
+    keys = [id(target.original) for target in found]
+    for target, key in zip(found, keys):
+        if key not in stored:
+            tensor = target.original.detach()
+            stored[key] = Packed(tensor, target.parametrization or FakeQuantize(tensor, quantize))
+    for target, key in zip(found, keys):
+        _put(model, target, stored[key])
+    for packed in stored.values():
+        packed.stored = None
+
+
+def _put(model, target, packed):
+    """Replace a tensor by what is stored of it; a table that rows are looked up in becomes a QuantizedEmbedding."""
+    name, old, attribute = target
+    if target.parametrization is not None:
+        parametrize.remove_parametrizations(old, attribute, leave_parametrized=False)
+    low_rank = isinstance(old, FactorizedEmbedding) and isinstance(old.form, LowRank)
+    if isinstance(old, nn.Embedding) or (low_rank and attribute == "left"):
+        table = QuantizedEmbedding(packed, old.right if low_rank else None, old.padding_idx)
+        return model.set_submodule(name, table.train(old.training))
+    module = model.get_submodule(name)  # the table that took the old one's place a moment ago, for its right factor
+    delattr(module, attribute)
+    module.register_buffer(attribute, packed(*packed.stored))
+    parametrize.register_parametrization(module, attribute, packed, unsafe=True)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedSize:
+    """Bytes that a checkpoint of a quantized model holds, by part; tied tensors once."""
+
+    codes: int  # packed integers
+    scales: int  # and smallest integers of grids that are not symmetric
+    floats: int  # tensors that no Quantize means: biases, norms, …
+    parameters: int  # numbers that all of these stand for, scales not counted
+
+    @property
+    def bytes(self):
+        return self.codes + self.scales + self.floats
+
+    @property
+    def bits_each(self):
+        """Bits stored for each parameter, scales included."""
+        return 8 * self.bytes / self.parameters
+
+    def __str__(self):
+        parts = f"integers {self.codes / 1e6:.3f}, scales {self.scales / 1e6:.3f}, floats {self.floats / 1e6:.3f}"
+        return f"{self.bytes / 1e6:.3f} MB ({parts}); {self.parameters / 1e6:.2f}M parameters, {self.bits_each:.2f} bits each"
+
+
+def quantized_size(model, *quantizes):
+    """What a model will take when it has been quantized by each of `quantizes`, before any weight moves.
+
+    model: float or fake-quantized, on any device, the meta device too; without any Quantize, what it takes as it is
+    Returns: QuantizedSize. Scales of activations, 8 bytes each, and a file's header are not counted
+    Exact: equals the bytes of the tensors that save_weights writes after quantize_.
+    """
+    codes = scales = 0
+    chosen, grids = {}, set()
+    for quantize in quantizes:
+        for target in targets(model, quantize):
+            if id(target.original) not in chosen:
+                chosen[id(target.original)] = count = target.original.numel()
+                codes += packed_bytes(count, quantize.bits)
+                scales += (4 if quantize.symmetric else 6) * _blocks(target.original.shape, quantize.scales)
+            if target.parametrization is not None:
+                grids |= {id(t) for t in (*target.parametrization.parameters(), *target.parametrization.buffers())}
+    kept = {id(t): t for t in (*model.parameters(), *_persistent(model)) if id(t) not in chosen and id(t) not in grids}
+    floats = sum(t.numel() * t.element_size() for t in kept.values())
+    parameters = sum(chosen.values()) + sum(p.numel() for p in model.parameters() if id(p) in kept)
+    return QuantizedSize(codes=codes, scales=scales, floats=floats, parameters=parameters)
+
+
+def _blocks(shape, scales):
+    """Scales of a tensor of this shape."""
+    if isinstance(scales, int):
+        return math.ceil(math.prod(shape) / scales)
+    return 1 if scales == "tensor" else shape[0 if len(shape) < 3 else 1]
+
+
+def _persistent(model):
+    names = model.state_dict().keys()
+    return (buffer for name, buffer in model.named_buffers() if name in names)
