@@ -34,6 +34,8 @@ _PUBLIC = {
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
     "data": ["batches", "load_reviews", "load_text", "token_windows"],
     "token_file": ["load_windows"],
+    "tasks": ["Task", "load_task"],
+    "encode": ["encode_task"],
     "evaluate": ["compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],
     "explore": ["Explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
