@@ -36,6 +36,8 @@ _PUBLIC = {
     "token_file": ["load_windows"],
     "tasks": ["Task", "load_task"],
     "encode": ["encode_task"],
+    "predict": ["predict"],
+    "score": ["compare_scores", "score"],
     "evaluate": ["compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],
     "explore": ["Explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
