@@ -11,8 +11,8 @@ ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments", "quant"],
     ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "packing"],
-    ["form", "data", "teacher"],
-    ["van_loan", "token_file"],
+    ["form", "data", "teacher", "encode", "score"],
+    ["van_loan", "token_file", "tasks", "predict"],
     ["arrange"],
     ["permute"],
     ["low_rank", "kronecker", "tensor_train"],
