@@ -39,6 +39,19 @@ def stack(items):
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
+def stack_trimmed(items):
+    """`stack` without the columns at the end that are padding in every example: short texts cost what they are long."""
+    return trim(stack(items))
+
+
+def trim(tensors):
+    """Leave out the last columns that no attention_mask of the batch covers, of every tensor that has such columns."""
+    if (mask := tensors.get("attention_mask")) is None:
+        return tensors
+    longest = max(2, int(mask.any(0).nonzero().max()) + 1) if bool(mask.any()) else 2
+    return {n: t[:, :longest] if t.dim() > 1 and t.shape[1] == mask.shape[1] else t for n, t in tensors.items()}
+
+
 def split(data):
     """Training and validation data as dictionaries of tensors, labels included; validation None where there is none.
 

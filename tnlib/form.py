@@ -133,7 +133,7 @@ def refuse_init(where, init, known):
     """Raises: ShapeError when `init` is not one of the format's initializations."""
     if init not in known:
         raise ShapeError(
-            f"{where}: got init={init!r}; this format knows {', '.join(known)} (and 'random' in a recipe)."
+            f"{where}: got init={init!r}; this format knows {', '.join(known)} (and 'random' and 'scratch' in a recipe)."
         )
 
 

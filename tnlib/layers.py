@@ -69,13 +69,13 @@ class _Factorized(nn.Module):
             setattr(self, name, getattr(other, name))
 
     def _fit(self, weight, init, generator):
-        """Factors of `weight` by the form's initialization `init`, or random ones of the weight's own variance."""
+        """Factors of `weight` by the form's initialization `init`; or random ones, of the weight's own variance or of none's."""
         check_weight(weight, type(self).__name__)
         if weight.device.type == "meta":
             return
         weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-        if init == "random":
-            std = float(weight.std(correction=0))
+        if init in ("random", "scratch"):
+            std = float(weight.std(correction=0)) if init == "random" else sum(self.shape) ** -0.5
             self.load_factors(self.form.random(self.shape, std, generator))
             self.error = float(measured_error(weight.cpu(), self.weight.detach().cpu()))
         else:
@@ -105,7 +105,9 @@ class FactorizedLinear(_Factorized):
     def from_dense(cls, dense, form, init="svd", generator=None):
         """Factorize nn.Linear, Conv1D or a bare (out, in) weight; bias, dtype, device and requires_grad are kept.
 
-        init: 'svd', 'random' (Gaussian of the weight's variance), or what else the form knows ('norm', 'prune')
+        init: 'svd', 'random' (Gaussian of the weight's variance), 'scratch' (Gaussian whose product has the standard
+            deviation 1/sqrt(out + in), as Yang et al. draw their cores: nothing of the weight enters), or what else the
+            form knows ('norm', 'prune')
         Raises: ShapeError on NaN or infinite weights and on forms that do not fit
         Exact: at full rank the new layer computes what the old one did.
         """

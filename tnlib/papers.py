@@ -145,12 +145,12 @@ def _qat(name, square, up, ranks, mlp_ranks, embedding_rank=None, pooler=False, 
         return TensorTrain(in_modes=in_modes, out_modes=out_modes, ranks=ranks, redundant=True)
 
     rules = [
-        Rule(where="attention", form=train(*square, ranks), init="random"),
-        Rule(where="up", form=train(*up, mlp_ranks), init="random"),
-        Rule(where="down", form=train(up[1][::-1], up[0][::-1], mlp_ranks), init="random"),
+        Rule(where="attention", form=train(*square, ranks), init="scratch"),
+        Rule(where="up", form=train(*up, mlp_ranks), init="scratch"),
+        Rule(where="down", form=train(up[1][::-1], up[0][::-1], mlp_ranks), init="scratch"),
     ]
     if pooler:
-        rules.append(Rule(where="pooler", form=train(*square, ranks), init="random"))
+        rules.append(Rule(where="pooler", form=train(*square, ranks), init="scratch"))
     if embedding_rank:
         rules.append(qat_embedding(embedding_rank))
     quantize = Quantize(bits=4, activation_bits=8, source="section 4: INT4 and INT8 rows; one learnable scale a core")
@@ -169,7 +169,7 @@ def qat_embedding(rank):
     """The TTM embedding of the paper: 32,000 rows cover BERT's 30,522; commented out in its repository."""
     ranks = (1, rank, rank, rank, 1)
     form = TTMatrix(out_modes=(16, 20, 10, 10), in_modes=(4, 4, 8, 6), ranks=ranks, pad_rows=True, redundant=True)
-    return Rule(where="embedding", form=form, init="random")
+    return Rule(where="embedding", form=form, init="scratch")
 
 
 def _inferred(rank):

@@ -9,7 +9,7 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer
 
 from tnlib import losses
-from tnlib.examples import stack
+from tnlib.examples import stack, stack_trimmed, trim
 from tnlib.keeper import Keeper
 from tnlib.objective import Objective
 from tnlib.resume import load_weights_, save_weights
@@ -22,7 +22,9 @@ class HealTrainer(Trainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by counts of the whole accumulated batch
 
     def __init__(self, student, teacher, examples, validation, heal, budget, args, folder, progress):
-        super().__init__(model=student, args=args, train_dataset=examples, data_collator=stack)
+        kept = teacher is not None and not isinstance(teacher, torch.nn.Module)  # its logits were written untrimmed
+        collate = stack if kept else stack_trimmed
+        super().__init__(model=student, args=args, train_dataset=examples, data_collator=collate)
         self.remove_callback(PrinterCallback)
         self.heal, self.budget, self.folder, self.validation = heal, budget, folder, validation
         self.layers = getattr(student.config, "num_hidden_layers", 0)
@@ -133,6 +135,7 @@ class HealTrainer(Trainer):
                 alive = len(some["input_ids"]) > 0
                 if not alive:  # every process must take part in a sharded model's forward
                     some = {name: tensor[:1].to(self.args.device) for name, tensor in tensors.items()}
+                some = trim(some)
                 labels = some.pop("labels")
                 task = "task" in self.heal.weights and "next_token" not in self.heal.weights
                 out = model(**some, use_cache=False, **({"labels": labels} if task else {}))
