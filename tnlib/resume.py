@@ -142,9 +142,18 @@ def _own(model):
 
 
 def save_weights(model, path):
-    """weights(model) as a safetensors file, flushed to the disk."""
-    save_file(weights(model), path, metadata={"format": "pt"})
-    _flush(path)
+    """weights(model) as a safetensors file, flushed to the disk under another name and then renamed.
+
+    Raises: OSError when it cannot be written; a file that was there before stays as it was
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.new")
+    try:
+        save_file(weights(model), part, metadata={"format": "pt"})
+        _flush(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_weights_(model, path):
