@@ -144,7 +144,7 @@ def _own(model):
 def save_weights(model, path):
     """weights(model) as a safetensors file, flushed to the disk."""
     save_file(weights(model), path, metadata={"format": "pt"})
-    _flush(path)
+    _flush(Path(path))
 
 
 def load_weights_(model, path):
