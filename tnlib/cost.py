@@ -14,7 +14,7 @@ _POSITIONS = {"wpe", "embed_positions", "position_embeddings"}  # GPT-2; OPT and
 class Size:
     """Parameters, a tied one counted once; `embedding`, `positions` and `head` are parts of `parameters`."""
 
-    parameters: int
+    parameters: int  # quantized numbers too, however few bits they take
     embedding: int  # of tokens
     positions: int
     head: int  # 0 if tied or absent
@@ -64,26 +64,33 @@ def size(model):
 
     model: a Hugging Face model, or any module (which then has neither embedding nor head)
     Returns: Size. Positions are found by module name (wpe, embed_positions, position_embeddings)
-    Source: torch's parameters(), which names a shared tensor once. parameters is the sum over them.
+    Source: torch's parameters(), which names a shared tensor once, and the Packed ones; parameters is the sum over them.
     """
     inside, outside = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
-    embedding, head = (list(part.parameters()) if part is not None else [] for part in (inside, outside))
-    named = list(model.named_parameters())
-    positions = sum(p.numel() for name, p in named if _POSITIONS & set(name.split(".")))
-    known = {id(p) for p in embedding}
-    own = [p for p in head if id(p) not in known]
+    embedding, head = (_named_numbers(part) if part is not None else {} for part in (inside, outside))
+    named = _named_numbers(model)
+    positions = sum(count for name, count in named.values() if _POSITIONS & set(name.split(".")))
+    own = {key: found for key, found in head.items() if key not in embedding}
     held = {}
-    for tensor in [p for _, p in named] + list(model.buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):
         dtype = str(tensor.dtype).removeprefix("torch.")
         held[dtype] = held.get(dtype, 0) + tensor.numel() * tensor.element_size()
     return Size(
-        parameters=sum(p.numel() for _, p in named),
-        embedding=sum(p.numel() for p in embedding),
+        parameters=sum(count for _, count in named.values()),
+        embedding=sum(count for _, count in embedding.values()),
         positions=positions,
-        head=sum(p.numel() for p in own),
+        head=sum(count for _, count in own.values()),
         head_tied=None if outside is None else len(own) < len(head),
         bytes_by_dtype=held,
     )
+
+
+def _named_numbers(module):
+    """Name and how many numbers, for each parameter and each Packed tensor (packing.py), by identity."""
+    packed = ((name, part) for name, part in module.named_modules() if hasattr(part, "quantized_elements"))
+    return {id(part): (name, part.quantized_elements) for name, part in packed} | {
+        id(parameter): (name, parameter.numel()) for name, parameter in module.named_parameters()
+    }
 
 
 def flops_per_token(model, context):
@@ -103,9 +110,11 @@ def flops_per_token(model, context):
         elif isinstance(module, torch.nn.Linear) or any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
             weights += 2 * module.weight.numel()
         elif not isinstance(module, torch.nn.Embedding):
-            if any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            grids = len(getattr(module, "parametrizations", ()))  # its factors are seen through
+            if grids or any(p.dim() > 1 for p in module.parameters(recurse=False)):
                 uncounted.append(name)
-            continue
+            if not grids:
+                continue
         done += (f"{name}." if name else "",)
     attention, config = 0.0, getattr(model, "config", None)
     if (heads := getattr(config, "num_attention_heads", None)) is not None:

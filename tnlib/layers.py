@@ -123,16 +123,8 @@ class FactorizedLinear(_Factorized):
 
     def to_dense(self):
         """The dense layer again, of the class that was replaced, with the weight that the factors stand for."""
-        out, width = self.shape
-        weight, bias = self.weight.detach(), self.bias
-        dense = (
-            _conv1d(out, width) if self.source == "Conv1D" else nn.Linear(width, out, bias is not None, device="meta")
-        )
-        dense.weight = nn.Parameter(
-            (weight.T if self.source == "Conv1D" else weight).clone(memory_format=torch.contiguous_format)
-        )
-        dense.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        return dense.train(self.training)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return dense_layer(self.weight.detach().clone(), bias, self.source, self.training)
 
     def flops(self, tokens=1):
         """Multiply-adds times two for `tokens` inputs by the plan with the fewest; bias not counted."""
@@ -257,6 +249,15 @@ class SplitLinear(nn.Module):
     def forward(self, x):
         """x: (…, in). Returns: (…, out), the parts' outputs side by side."""
         return torch.cat([part(x) for part in self.parts], dim=-1)  # (…, out)
+
+
+def dense_layer(weight, bias, source, training):
+    """nn.Linear or Conv1D (`source`) with this (out, in) weight and this very bias."""
+    out, width = weight.shape
+    dense = _conv1d(out, width) if source == "Conv1D" else nn.Linear(width, out, bias is not None, device="meta")
+    dense.weight = nn.Parameter((weight.T if source == "Conv1D" else weight).contiguous())
+    dense.bias = bias
+    return dense.train(training)
 
 
 def _conv1d(out, width):

@@ -57,7 +57,8 @@ class Packed(nn.Module):
     """A parametrization that stores codes and scales, and gives the tensor that they stand for when it is read.
 
     tensor: to be stored; fake: the FakeQuantize that has its grid
-    Stored: codes (bytes,) uint8; scale (blocks, 1), float32; low (blocks, 1) int16 where the grid is not symmetric
+    Stored: codes (bytes,) uint8; scale (blocks, 1), float32, or float64 for float64; low (blocks, 1) int16 where the grid is
+        not symmetric. They are this module's own buffers, so tied layers that share it stay tied on any device
     Exact: reading gives what `fake` gives, bit for bit.
     """
 
@@ -65,12 +66,14 @@ class Packed(nn.Module):
         super().__init__()
         _check_stored(fake.bits)
         self.bits, self.scales, self.symmetric = fake.bits, fake.quantize.scales, fake.quantize.symmetric
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.shape = tuple(tensor.shape)
         rows = blocks(_wide(tensor.detach()), self.scales)
-        scale, low = (part.detach() for part in fake.eval().grid(rows))
+        scale, low = (part.detach().clone() for part in fake.grid())
         codes = unblocks(round_to_grid(rows, scale, low, low + (2**self.bits - 1)) - low, self.shape, self.scales)
-        self.stored = [pack(codes, self.bits), scale.clone()]  # until whoever holds this Packed has taken them
-        self.stored += [] if self.symmetric else [low.to(torch.int16)]
+        self.register_buffer("codes", pack(codes, self.bits))
+        self.register_buffer("scale", scale)
+        self.register_buffer("low", None if self.symmetric else low.to(torch.int16))
+        self.register_buffer("like", tensor.new_empty(0), persistent=False)  # its type is that of the tensors given
 
     @property
     def quantized_elements(self):
@@ -78,22 +81,38 @@ class Packed(nn.Module):
         return math.prod(self.shape)
 
     def right_inverse(self, tensor):
-        """What register_parametrization asks: the tensors to hold in place of the one that there was."""
-        return list(self.stored)
+        """What register_parametrization asks: the tensors to hold in place of the one that there was. None, all are here."""
+        return []
 
-    def forward(self, packed, scale, low=None):
-        """What is stored -> the tensor."""
-        codes = unpack(packed, self.bits, self.quantized_elements).to(scale.dtype)
+    def forward(self):
+        """The tensor."""
+        codes = unpack(self.codes, self.bits, self.quantized_elements).to(self.scale.dtype)
         rows = blocks(codes.reshape(self.shape), self.scales)  # (blocks, numbers)
-        return unblocks(_values(rows, scale, low, self.bits), self.shape, self.scales).to(self.dtype)
+        return unblocks(self._values(rows, self.scale, self.low), self.shape, self.scales)
+
+    def rows(self, ids):
+        """Rows `ids` (n,) of a matrix whose rows are whole bytes and whole groups: (n, width); no other row is unpacked."""
+        rows, width = self.shape
+        codes = unpack(self.codes.reshape(rows, -1).index_select(0, ids), self.bits).to(self.scale.dtype)  # (n, width)
+        codes = codes.unflatten(1, (-1, self.scales if isinstance(self.scales, int) else width))
+        scale, low = (
+            part if self.scales == "tensor" or part is None else part.reshape(rows, -1, 1).index_select(0, ids)
+            for part in (self.scale, self.low)
+        )  # (n, scales a row, 1)
+        return self._values(codes, scale, low).flatten(1)
+
+    def _values(self, codes, scale, low):
+        """scale * (code + low), in the type asked for; `codes` are overwritten."""
+        return codes.add_(-(2 ** (self.bits - 1)) if low is None else low).mul_(scale).to(self.like.dtype)
 
     def extra_repr(self):
         return f"bits={self.bits}, scales={self.scales}, shape={self.shape}"
 
 
-def _values(codes, scale, low, bits):
-    """scale * (code + low); low None where symmetric."""
-    return codes.add_(-(2 ** (bits - 1)) if low is None else low).mul_(scale)
+def is_packed(layer):
+    """Whether a dense layer's weight is stored as a Packed."""
+    grids = getattr(layer, "parametrizations", {})
+    return "weight" in grids and isinstance(grids["weight"][0], Packed)
 
 
 class QuantizedEmbedding(nn.Module):
@@ -114,17 +133,12 @@ class QuantizedEmbedding(nn.Module):
             )
         self.packed, self.padding_idx = packed, padding_idx
         self.num_embeddings, self.embedding_dim = rows, width if right is None else right.shape[1]
-        for name, tensor in zip(("codes", "scale", "low"), packed.stored):
-            self.register_buffer(name, tensor)
         self.right = None if right is None else nn.Parameter(right.detach().clone())
-
-    def _stored(self):
-        return [getattr(self, name) for name in ("codes", "scale", "low") if hasattr(self, name)]
 
     @property
     def weight(self):
         """The whole table (rows, dim), unpacked at every access."""
-        table = self.packed(*self._stored())
+        table = self.packed()
         return table if self.right is None else table @ self.right
 
     def to_dense(self):
@@ -133,19 +147,7 @@ class QuantizedEmbedding(nn.Module):
             self.training
         )
 
-    def _rows(self, tensor, ids):
-        """Entries of scale or low that belong to rows `ids`: (n, scales a row, 1)."""
-        return tensor if self.packed.scales == "tensor" else tensor.reshape(self.num_embeddings, -1, 1)[ids]
-
     def forward(self, ids):
-        """ids: integers (…). Returns: (…, dim)."""
-        flat, grid = ids.reshape(-1), self.packed
-        codes = unpack(self.codes.reshape(self.num_embeddings, -1)[flat], grid.bits)  # (n, width)
-        low = None if grid.symmetric else self._rows(self.low, flat)
-        groups = grid.shape[1] if not isinstance(grid.scales, int) else grid.scales
-        values = _values(
-            codes.to(self.scale.dtype).reshape(len(flat), -1, groups), self._rows(self.scale, flat), low, grid.bits
-        )
-        values = values.reshape(len(flat), -1).to(grid.dtype)
-        values = values if self.right is None else values @ self.right
-        return values.reshape(*ids.shape, self.embedding_dim)
+        """ids: integers (…). Returns: (…, dim). Raises: IndexError (CPU)"""
+        rows = self.packed.rows(ids.reshape(-1))
+        return (rows if self.right is None else rows @ self.right).reshape(*ids.shape, self.embedding_dim)

@@ -208,27 +208,27 @@ class FakeQuantize(nn.Module):
 
     def __init__(self, tensor, quantize, bits=None):
         super().__init__()
-        if not bool(tensor.isfinite().all()):
+        if tensor.device.type != "meta" and not bool(tensor.isfinite().all()):
             raise QuantizeError(
                 f"FakeQuantize: {int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers are NaN or infinite; needed finite ones."
             )
         self.quantize, self.bits = quantize, bits or quantize.bits
         scale, low = self._start(blocks(_wide(tensor.detach()), quantize.scales))
         self.register_buffer("low", low)  # (blocks, 1)
-        if quantize.learn == "follow":
+        if quantize.learn in ("frozen", "follow"):
             self.register_buffer("scale", scale)
         else:
-            self.scale = nn.Parameter(scale, requires_grad=quantize.learn != "frozen")
+            self.scale = nn.Parameter(scale)
 
     def _start(self, rows):
         return start_scale(rows, self.bits, self.quantize.symmetric, self.quantize.start)
 
-    def grid(self, rows):
-        """Scale and smallest integer (blocks, 1) for these blocks."""
-        if self.quantize.learn == "follow" and self.training:
-            with torch.no_grad():
-                for kept, new in zip((self.scale, self.low), self._start(rows.detach())):
-                    kept.copy_(new)
+    def grid(self, rows=None):
+        """Scale and smallest integer (blocks, 1), started anew from `rows` where a scale follows its tensor."""
+        if self.quantize.learn == "follow" and self.training and rows is not None:
+            self.scale, self.low = self._start(
+                rows.detach()
+            )  # new tensors: a shared weight is read twice before backward
         scale = self.scale.abs().clamp_min(
             1e-12
         )  # a step may carry a scale across 0, where the grid is the same mirrored

@@ -4,12 +4,14 @@ A factor or a weight gets a parametrization (torch.nn.utils.parametrize): readin
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
@@ -35,7 +37,7 @@ class Target(NamedTuple):
 
     @property
     def original(self):
-        """The tensor itself, under whatever stands on it."""
+        """The float tensor itself, under the FakeQuantize that may stand on it."""
         if self.parametrization is None:
             return getattr(self.module, self.attribute)
         return self.module.parametrizations[self.attribute].original
@@ -71,28 +73,41 @@ def fake_quantize_(model, quantize, data=None):
     Exact: afterwards every such tensor is a fixed point of its grid; quantize_ then changes no bit of it.
     """
     found = targets(model, quantize)
-    _refuse_twice(found)
+    _refuse("fake_quantize_", found, (FakeQuantize, Packed))
     if quantize.activation_bits and data is None:
         raise QuantizeError(
             f"fake_quantize_: got activation_bits={quantize.activation_bits} and no data; needed examples to start the scales from. "
             "Give data=, the training data."
         )
-    fakes = {id(target.original): target.original for target in found}  # a shared tensor once
-    fakes = {key: FakeQuantize(tensor, quantize) for key, tensor in fakes.items()}  # all, before any is put in place
+    fakes = {}  # a shared tensor once; all of them, and the activations', before any is put in place
+    for target in found:
+        if id(target.original) not in fakes:
+            with _named("fake_quantize_", target):
+                fakes[id(target.original)] = FakeQuantize(target.original, quantize)
+    if quantize.activation_bits:
+        _quantize_activations(model, quantize, data)
     for target in found:
         fake = fakes[id(target.original)].train(target.module.training)
         parametrize.register_parametrization(target.module, target.attribute, fake)
-    if quantize.activation_bits:
-        _quantize_activations(model, quantize, data)
 
 
-def _refuse_twice(found):
+def _refuse(verb, found, kinds):
+    """Refuse tensors on which one of `kinds` stands."""
     for target in found:
-        if target.parametrization is not None:
+        if isinstance(target.parametrization, kinds):
             raise QuantizeError(
-                f"fake_quantize_: {target.name}.{target.attribute} has a {type(target.parametrization).__name__} already; needed a "
+                f"{verb}: {target.name}.{target.attribute} has a {type(target.parametrization).__name__} already; needed a "
                 "float tensor. Quantize a copy of the model that has none."
             )
+
+
+@contextmanager
+def _named(verb, target):
+    """Say which tensor of the model it was that could not be quantized."""
+    try:
+        yield
+    except QuantizeError as error:
+        raise QuantizeError(f"{verb}, {target.name}.{target.attribute}: {error}") from None
 
 
 class Between(nn.Module):
@@ -123,7 +138,7 @@ def _quantize_activations(model, quantize, data):
     inputs = {name: tensor[:EXAMPLES].to(device) for name, tensor in rows.items() if name != "labels"}
     if inputs["input_ids"].dtype == torch.int32:
         inputs["input_ids"] = inputs["input_ids"].long()
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
@@ -133,9 +148,10 @@ def _quantize_activations(model, quantize, data):
             layer.between = None
         raise
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     for layer in layers:
-        layer.between.observing = False
+        layer.between.train(layer.training).observing = False
         if not layer.between.grids:
             layer.between = None  # the data never came here: a head that this task does not use
 
@@ -146,44 +162,54 @@ def quantize_(model, quantize):
     model: fake-quantized by the same Quantize (its learned scales are taken), or float (scales start from the tensors)
     Afterwards the tensors are buffers that are unpacked when they are read, on any device; an embedding table unpacks the
     rows looked up only. Grids of activations stay as fake_quantize_ left them, in float.
-    Raises: QuantizeError for bits that are not stored (2, 4, 8), for another Quantize than the model was trained with
+    Raises: QuantizeError for bits that are not stored (2, 4, 8), for another Quantize than the model was trained with, for
+        embedding rows that do not begin at a byte; the model is then as it was
     Exact: the model computes what it did fake-quantized, bit for bit; its bytes are those that quantized_size names.
     """
     packed_bytes(0, quantize.bits)
-    found, stored = targets(model, quantize), {}
+    found = targets(model, quantize)
+    _refuse("quantize_", found, Packed)
+    stored, tables = {}, {}  # a shared tensor once; all of them, before any is put in place
     for target in found:
-        there = target.parametrization
-        if isinstance(there, Packed):
-            _refuse_twice([target])
+        there, tensor = target.parametrization, target.original.detach()
         if there is not None and there.quantize != quantize:
             raise QuantizeError(
                 f"quantize_: {target.name}.{target.attribute} was trained on the grid {there.quantize}; needed the same, got {quantize}."
             )
-    keys = [id(target.original) for target in found]
-    for target, key in zip(found, keys):
-        if key not in stored:
-            tensor = target.original.detach()
-            stored[key] = Packed(tensor, target.parametrization or FakeQuantize(tensor, quantize))
-    for target, key in zip(found, keys):
-        _put(model, target, stored[key])
-    for packed in stored.values():
-        packed.stored = None
+        with _named("quantize_", target):
+            if id(target.original) not in stored:
+                stored[id(target.original)] = Packed(tensor, there or FakeQuantize(tensor, quantize))
+            if _is_table(target):
+                tables[target.name] = _table(target.module, stored[id(target.original)])
+    for target in found:
+        _put(model, target, stored[id(target.original)], tables.get(target.name))
 
 
-def _put(model, target, packed):
-    """Replace a tensor by what is stored of it; a table that rows are looked up in becomes a QuantizedEmbedding."""
-    name, old, attribute = target
-    if target.parametrization is not None:
-        parametrize.remove_parametrizations(old, attribute, leave_parametrized=False)
-    low_rank = isinstance(old, FactorizedEmbedding) and isinstance(old.form, LowRank)
-    if isinstance(old, nn.Embedding) or (low_rank and attribute == "left"):
-        table = QuantizedEmbedding(packed, old.right if low_rank else None, old.padding_idx)
-        return model.set_submodule(name, table.train(old.training))
-    module = model.get_submodule(name)  # the table that took the old one's place a moment ago, for its right factor
-    delattr(module, attribute)
-    module.register_buffer(attribute, packed(*packed.stored))
-    parametrize.register_parametrization(module, attribute, packed, unsafe=True)
-    return None
+def _is_table(target):
+    """Whether rows are looked up in this very tensor."""
+    low_rank = isinstance(target.module, FactorizedEmbedding) and isinstance(target.module.form, LowRank)
+    return isinstance(target.module, nn.Embedding) or (low_rank and target.attribute == "left")
+
+
+def _table(old, packed):
+    right = old.right if isinstance(old, FactorizedEmbedding) else None
+    return QuantizedEmbedding(packed, right, old.padding_idx).train(old.training)
+
+
+def _put(model, target, packed, table):
+    """Replace a tensor by what is stored of it, or the whole module by its `table`."""
+    if _is_table(target):
+        model.set_submodule(target.name, table)
+        return
+    module = table or target.module  # a low-rank table has its second factor to put
+    if (
+        module is target.module and target.parametrization is not None
+    ):  # torch's removal would break a copy of the model
+        module.parametrizations[target.attribute] = ParametrizationList([packed], packed.like, unsafe=True)
+    else:
+        delattr(module, target.attribute)
+        module.register_buffer(target.attribute, packed.like)
+        parametrize.register_parametrization(module, target.attribute, packed, unsafe=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,24 +238,38 @@ class QuantizedSize:
 def quantized_size(model, *quantizes):
     """What a model will take when it has been quantized by each of `quantizes`, before any weight moves.
 
-    model: float or fake-quantized, on any device, the meta device too; without any Quantize, what it takes as it is
-    Returns: QuantizedSize. Scales of activations, 8 bytes each, and a file's header are not counted
+    model: float, fake-quantized or quantized in part, on any device, the meta device too; without any Quantize, what it
+        takes as it is
+    Returns: QuantizedSize. Scales that remain in float, 8 bytes for each activation, and a file's header are not counted
+    Raises: QuantizeError where there is nothing to quantize, or it is quantized already
     Exact: equals the bytes of the tensors that save_weights writes after quantize_.
     """
-    codes = scales = 0
-    chosen, grids = {}, set()
+    chosen = {}  # tensors to be packed, with their Quantize
     for quantize in quantizes:
-        for target in targets(model, quantize):
-            if id(target.original) not in chosen:
-                chosen[id(target.original)] = count = target.original.numel()
-                codes += packed_bytes(count, quantize.bits)
-                scales += (4 if quantize.symmetric else 6) * _blocks(target.original.shape, quantize.scales)
-            if target.parametrization is not None:
-                grids |= {id(t) for t in (*target.parametrization.parameters(), *target.parametrization.buffers())}
-    kept = {id(t): t for t in (*model.parameters(), *_persistent(model)) if id(t) not in chosen and id(t) not in grids}
-    floats = sum(t.numel() * t.element_size() for t in kept.values())
-    parameters = sum(chosen.values()) + sum(p.numel() for p in model.parameters() if id(p) in kept)
-    return QuantizedSize(codes=codes, scales=scales, floats=floats, parameters=parameters)
+        found = targets(model, quantize)
+        _refuse("quantized_size", found, Packed)
+        chosen = {id(target.original): (target.original, quantize) for target in found} | chosen
+    codes = sum(packed_bytes(tensor.numel(), quantize.bits) for tensor, quantize in chosen.values())
+    scales = sum(_scale_bytes(tensor, quantize) for tensor, quantize in chosen.values())
+    grids = [module for module in model.modules() if isinstance(module, (FakeQuantize, Packed))]
+    packed = [module for module in grids if isinstance(module, Packed)]
+    codes += sum(grid.codes.nbytes for grid in packed)
+    scales += sum(grid.scale.nbytes + (0 if grid.low is None else grid.low.nbytes) for grid in packed)
+    counted = {id(tensor) for grid in grids for tensor in (*grid.parameters(), *grid.buffers())} | chosen.keys()
+    kept = {id(t): t for t in (*model.parameters(), *_persistent(model)) if id(t) not in counted}
+    numbers = [tensor.numel() for tensor, _ in chosen.values()] + [grid.quantized_elements for grid in packed]
+    return QuantizedSize(
+        codes=codes,
+        scales=scales,
+        floats=sum(tensor.nbytes for tensor in kept.values()),
+        parameters=sum(numbers) + sum(p.numel() for p in model.parameters() if id(p) in kept),
+    )
+
+
+def _scale_bytes(tensor, quantize):
+    """Bytes of a tensor's scales, and of its smallest integers where the grid is not symmetric."""
+    scale = 8 if tensor.dtype == torch.float64 else 4
+    return (scale if quantize.symmetric else scale + 2) * _blocks(tensor.shape, quantize.scales)
 
 
 def _blocks(shape, scales):

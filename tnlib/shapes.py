@@ -16,8 +16,8 @@ class ShapeError(ValueError):
 
 
 def is_conv1d(layer):
-    """True for GPT-2's Conv1D (by name, so that transformers need not be imported)."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    """True for GPT-2's Conv1D, parametrized or not (by name, so that transformers need not be imported)."""
+    return any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__) and hasattr(layer, "nf")
 
 
 def weight_of(layer):

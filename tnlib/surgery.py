@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
+from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear, dense_layer
+from tnlib.packing import Packed, QuantizedEmbedding, is_packed
 from tnlib.plan import plan, tied_names
 from tnlib.recipe import RecipeError, match
-from tnlib.shapes import ShapeError, check_weight, weight_of
+from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
 
 
 def factorize_(model, recipe, *, seed=0, progress=None):
@@ -40,22 +41,43 @@ def factorize_(model, recipe, *, seed=0, progress=None):
 
 
 def densify_(model, names=None):
-    """Put dense layers back in place of factorized ones, with the weights that the factors stand for; returns None.
+    """Put dense layers back in place of factorized and quantized ones, with the weights that they stand for; returns None.
 
     names: of the layers to take; None: all. Layers that share factors must be named together
     Exact: the model computes the same function; a head that shared factors shares the dense table again.
     """
     tables = {}
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, (FactorizedLinear, FactorizedEmbedding, SplitLinear)) and ".parts." not in name:
-            if names is not None and name not in names:
-                continue
-            dense, first = layer.to_dense(), id(next(layer.parameters()))
-            if first in tables:
-                dense.weight = tables[first]
-            _keep_bias(layer, dense)
-            tables[first] = dense.weight
-            _swap(model, name, dense)
+        stored = _stored(layer)
+        if stored is not None and ".parts." not in name and (names is None or name in names):
+            dense = _unpacked(layer) if is_packed(layer) else layer.to_dense()
+            dense.weight = tables.setdefault(id(stored), dense.weight)
+            _swap(model, name, _keep_bias(layer, dense))
+
+
+def _stored(layer):
+    """What layers that share a table have in common: the tensor or the Packed that holds the first part of it.
+
+    None for a layer that is dense as it is
+    """
+    if isinstance(layer, SplitLinear):
+        return _stored(layer.parts[0])
+    if isinstance(layer, QuantizedEmbedding):
+        return layer.packed
+    if is_packed(layer):
+        return layer.parametrizations.weight[0]
+    if not isinstance(layer, (FactorizedLinear, FactorizedEmbedding)):
+        return None
+    first = next(iter(layer.form.factor_shapes(layer.shape)))
+    if first not in getattr(layer, "parametrizations", {}):
+        return getattr(layer, first)
+    grid = layer.parametrizations[first]
+    return grid[0] if isinstance(grid[0], Packed) else grid.original
+
+
+def _unpacked(layer):
+    """A dense layer again, with the weight that its codes stand for."""
+    return dense_layer(weight_of(layer).clone(), layer.bias, "Conv1D" if is_conv1d(layer) else "Linear", layer.training)
 
 
 def _all_built(claims, seed):
