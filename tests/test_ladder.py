@@ -9,8 +9,8 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments"],
     ["form", "data", "teacher"],
     ["van_loan", "token_file"],
     ["arrange"],

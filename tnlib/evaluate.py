@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy.special import stdtrit
 
 from tnlib.cost import flops_per_token, latency, peak_memory_mb, size
+from tnlib.modes import eval_mode
 
 __all__ = ["Comparison", "Divergence", "Perplexity", "compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "peak_memory_mb"]
 __all__ += ["perplexity", "size"]
@@ -248,12 +249,6 @@ def _progress(steps, shown, what):
 
 @contextmanager
 def _evaluating(model):
-    """Eval mode without gradients; afterwards each submodule is as it was, a frozen one included."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
+    """Eval mode without gradients."""
+    with eval_mode(model), torch.inference_mode():
+        yield

@@ -4,11 +4,13 @@ For a matrix W and its inputs x, the mean squared error of a replacement W' is t
 C = mean of x x.T, an (in, in) matrix. One pass over the text gives C; the fit then sees no token again.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from tnlib.modes import eval_mode
 
 KEEP = 8  # inputs of one forward pass that are remembered to find matrices that share one: q, k and v; gate and up
 
@@ -48,7 +50,7 @@ def second_moments(model, windows, names, batch=4, missing=False):
     sums = {name: _Sums(name) for name in names}
     groups, run = {}, _runner(model, names)
     device = next(model.parameters()).device
-    with ExitStack() as hooks, _quiet(model):
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         recent = []
         for name in names:
             hook = _hook(sums, name, groups, recent)
@@ -132,16 +134,3 @@ def _runner(model, names):
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return lambda ids: called(input_ids=ids, decoder_input_ids=ids)
     return called
-
-
-@contextmanager
-def _quiet(model):
-    """Eval mode without gradients; afterwards each submodule is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

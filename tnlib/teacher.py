@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tnlib.history import is_interactive
+from tnlib.modes import eval_mode
 from tnlib.records import write_atomic
 from tnlib.resume import digest, fingerprint, only_one, same_fingerprint
 
@@ -160,23 +161,15 @@ def _claim(out, facts):
 def _compute(teacher, windows, top, temperature, batch):
     """Tensors of one shard."""
     device, values, indices = next(teacher.parameters()).device, [], []
-    modes = [(module, module.training) for module in teacher.modules()]
-    teacher.eval()
-    try:
-        with torch.inference_mode():
-            for some in windows.split(batch):
-                logits = teacher(
-                    input_ids=some.to(device), use_cache=False
-                ).logits.float()  # (batch, context, vocabulary)
-                if top is None:
-                    values.append(logits.cpu())
-                else:
-                    best = (logits / temperature).log_softmax(-1).topk(top)
-                    values.append(best.values.cpu())
-                    indices.append(best.indices.int().cpu())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(teacher), torch.inference_mode():
+        for some in windows.split(batch):
+            logits = teacher(input_ids=some.to(device), use_cache=False).logits.float()  # (batch, context, vocabulary)
+            if top is None:
+                values.append(logits.cpu())
+            else:
+                best = (logits / temperature).log_softmax(-1).topk(top)
+                values.append(best.values.cpu())
+                indices.append(best.indices.int().cpu())
     found = {"values": torch.cat(values)}
     if not found["values"].isfinite().all():
         raise ValueError("precompute_teacher: the teacher's logits are not finite; needed a sound model. Try float32.")
