@@ -33,7 +33,7 @@ def second_moments(model, windows, names, batch=4, missing=False):
     """Second moments of the inputs of modules `names` over a text, in one pass.
 
     model: in any mode; it runs in eval mode without gradients and is left as it was
-    windows: (windows, context) int64, as from token_windows
+    windows: (windows, context) int64 or int32, as from token_windows
     names: names of nn.Linear, Conv1D or nn.Embedding modules; memory is 8 * in * in bytes for each distinct input
     batch: windows a forward pass. Each pass's products are taken in its own precision, at least float32, and summed in float64
     missing: give None for a module that the text never reaches, instead of an error
@@ -95,6 +95,7 @@ class _Sums:
         self.tokens += ids.numel()
 
     def moments(self, missing=False):
+        """The sums as Moments; for a module that saw no input None if `missing`, else an error."""
         if not self.tokens and missing:
             return None
         if not self.tokens:
@@ -111,6 +112,7 @@ def _hook(sums, name, groups, recent):
     """Add a module's input to its own sums, or find in the first pass that another module adds the same tensor."""
 
     def hook(module, args, kwargs):
+        """Before the module's forward pass: its first argument is what enters the matrix."""
         x = args[0] if args else next(iter(kwargs.values()))
         leader = next((other for tensor, other in recent if tensor is x), None)
         if groups.setdefault(name, leader or name) != (leader or name):
