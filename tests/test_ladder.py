@@ -9,7 +9,7 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows"],
     ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments"],
     ["form", "data", "teacher"],
     ["van_loan", "token_file"],

@@ -20,8 +20,8 @@ from tnlib.local import fit_layers_
 from tnlib.modes import eval_mode
 from tnlib.resume import Folder, digest, fingerprint, only_one, put_weights_, weights
 from tnlib.schedule import select_trainable_
-from tnlib.teacher import check_windows
 from tnlib.trainer import HealTrainer, is_sharded
+from tnlib.windows import check_windows
 
 
 def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None, skip=0):

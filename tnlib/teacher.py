@@ -21,6 +21,7 @@ from tnlib.history import is_interactive
 from tnlib.modes import eval_mode
 from tnlib.records import write_atomic
 from tnlib.resume import digest, fingerprint, only_one, same_fingerprint
+from tnlib.windows import check_windows
 
 SHARD_BYTES = 256 * 2**20
 
@@ -92,7 +93,7 @@ class PrecomputedTeacher:
 def precompute_teacher(teacher, windows, out, top=None, *, temperature=1.0, batch=4, progress=None):
     """Write a teacher's logits for `windows` to the folder `out`, and return what heal() takes in the teacher's place.
 
-    windows: (n, context) int64, the training windows of the healing, in the same order
+    windows: (n, context) int64 or int32, the training windows of the healing, in the same order
     top: keep only so many of the largest log-probabilities, all others as one bucket (see losses.logits_kl_top, a lower
         bound of the full divergence); None: all logits, 4 bytes each, which give the very numbers of the live teacher
     temperature: of the probabilities kept, the Heal's; all logits serve every temperature
@@ -122,21 +123,6 @@ def precompute_teacher(teacher, windows, out, top=None, *, temperature=1.0, batc
             some = windows[starts[number] : starts[number] + facts["shard"]]
             _write(_shard_path(out, number), _compute(teacher, some, top, temperature, batch))
     return PrecomputedTeacher(out, facts)
-
-
-def check_windows(where, model, ids):
-    """Refuse ids and contexts that would be an index error, which CUDA reports late and elsewhere. Raises: ValueError"""
-    config = model.config
-    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise ValueError(
-            f"{where}: token ids {int(ids.min())}..{int(ids.max())} with a vocabulary of {vocabulary}; needed ids in it. "
-            "Tokenize with the model's own tokenizer."
-        )
-    if longest is not None and ids.shape[1] > longest:
-        raise ValueError(
-            f"{where}: context {ids.shape[1]}, but the model has {longest} positions; needed no more. Make shorter windows."
-        )
 
 
 def _claim(out, facts):
