@@ -214,6 +214,7 @@ def test_two_notebooks_at_a_time_share_the_cores(boot, monkeypatch, cores, asked
     command, more = seen[-1]
     assert command[command.index("-n") + 1] == str(lanes)
     assert more["OMP_NUM_THREADS"] == str(threads)
+    assert seen[1][1]["OMP_NUM_THREADS"] == (asked or "1"), "the unit tests' models are tiny"
     assert [Path(book).stem for book in command[-2:]] == ["10_long", "00_first"], "the longest first"
 
 
