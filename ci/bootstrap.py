@@ -72,10 +72,14 @@ def venv_python():
     return str(VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment(**more):
     """What every child process gets; for threads and the like, what the user has set wins."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = {"OMP_NUM_THREADS": str(cores), "JUPYTER_PLATFORM_DIRS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
+    env = {"OMP_NUM_THREADS": str(cores()), "JUPYTER_PLATFORM_DIRS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
     env.pop("PYTHONHOME", None)  # it would send .venv to another standard library
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # as containers set it: each notebook would compile 1,400 modules anew, 10 s
     path = os.pathsep.join([os.path.dirname(venv_python()), env.get("PATH", os.defpath)])
@@ -235,13 +239,17 @@ def workbook(rest):
 
 def test(rest):
     """Lint, unit tests, notebooks: all three, whatever one of them says."""
-    books = sorted(map(str, Path("notebooks").glob("*.ipynb")))
+    books = sorted(map(str, Path("notebooks").glob("*.ipynb")), reverse=True)  # the later ones, which train, take longest
+    lanes = min(2, cores())  # a notebook keeps one core busy, seldom two
+    shared = ["-n", str(lanes), "--dist", "loadfile", "--no-loadscope-reorder"]
     nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--nbval-sanitize-with", "ci/nbval.cfg"]
-    verdicts, failed = [], False
+    verdicts, failed, asked = [], False, os.environ.get("OMP_NUM_THREADS")
     with tempfile.TemporaryDirectory() as scratch:  # notebooks write here, not into the records
+        unit = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": asked or "1"}  # tiny models: more threads only wait for one another
         replay = {"TNLIB_RESULTS": scratch, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        steps = [("lint", ["ruff", "check", "."], {}), ("unit", ["pytest", "tests", *rest], {"MPLBACKEND": "Agg"}),
-                 ("notebooks", ["pytest", *nbval, *books], replay)]
+        replay["OMP_NUM_THREADS"] = asked or str(cores() // lanes)
+        steps = [("lint", ["ruff", "check", "."], {}), ("unit", ["pytest", "tests", *rest], unit),
+                 ("notebooks", ["pytest", *shared, *nbval, *books], replay)]
         for name, command, variables in steps if books else steps[:2]:
             start = time.monotonic()
             status = run("-m", *command, **variables)

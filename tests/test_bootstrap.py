@@ -199,6 +199,25 @@ def test_every_test_step_runs_and_one_failure_counts(boot, monkeypatch, capsys):
     assert "TNLIB_RESULTS" in seen[-1][1]
 
 
+@pytest.mark.parametrize(("cores", "asked", "lanes", "threads"), [(1, None, 1, 1), (2, None, 2, 1), (16, None, 2, 8), (16, "3", 2, 3)])
+def test_two_notebooks_at_a_time_share_the_cores(boot, monkeypatch, cores, asked, lanes, threads):
+    seen = []
+    monkeypatch.setattr(boot, "run", lambda *command, **more: seen.append((command, more)) or 0)
+    monkeypatch.setattr(boot, "cores", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    (boot.ROOT / "notebooks").mkdir()
+    for name in ("00_first", "10_long"):
+        (boot.ROOT / "notebooks" / f"{name}.ipynb").touch()
+    boot.test([])
+    command, more = seen[-1]
+    assert command[command.index("-n") + 1] == str(lanes)
+    assert more["OMP_NUM_THREADS"] == str(threads)
+    assert seen[1][1]["OMP_NUM_THREADS"] == (asked or "1"), "the unit tests' models are tiny"
+    assert [Path(book).stem for book in command[-2:]] == ["10_long", "00_first"], "the longest first"
+
+
 @pytest.mark.parametrize(("force", "flags"), [("1", ["--force"]), ("true", ["--force"]), ("0", []), ("", [])])
 def test_workbook_passes_force_and_the_rest(boot, monkeypatch, force, flags):
     seen = []

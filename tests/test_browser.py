@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="
 def lab(tmp_path):
     """A JupyterLab of its own: private configuration, a copy of one notebook, results out of the checkout."""
     (tmp_path / "books").mkdir()
-    shutil.copy(ROOT / "notebooks" / "02_van_loan.ipynb", tmp_path / "books")
+    shutil.copy(ROOT / "notebooks" / "01_tensors_by_hand.ipynb", tmp_path / "books")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +55,7 @@ def lab(tmp_path):
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env, stdout=log, stderr=log)
     try:
         _wait(lambda: _answers(port), 60)
-        yield f"http://127.0.0.1:{port}/lab/tree/02_van_loan.ipynb?token=t"
+        yield f"http://127.0.0.1:{port}/lab/tree/01_tensors_by_hand.ipynb?token=t"
     finally:
         server.terminate()
         server.wait(20)

@@ -73,6 +73,12 @@ def test_one_window_equals_the_models_own_loss():
     assert math.isnan(found.stderr)
 
 
+def test_ids_as_files_hold_them_give_the_same():
+    model, other, ids = gpt2(), gpt2(1), tokens(3, 16)
+    assert perplexity(model, ids.int()) == perplexity(model, ids)
+    assert kl_to_teacher(model, other, ids.int()) == kl_to_teacher(model, other, ids)
+
+
 @pytest.mark.parametrize("length", [40, 41, 47, 63])
 @pytest.mark.parametrize("stride", [1, 3, 8, 15])
 def test_strided_scoring_counts_each_token_once(length, stride):
@@ -181,6 +187,7 @@ def test_nan_names_the_parameter():
         (tokens(70), {"context": 8, "stride": 9}, "1 <= stride <= context"),
         (tokens(70), {"context": 65}, "context 65, but the model has 64 positions"),
         (tokens(2, 8) + VOCAB, {}, f"with a vocabulary of {VOCAB}.*own tokenizer"),
+        (tokens(2, 8) - VOCAB, {}, f"ids -.* with a vocabulary of {VOCAB}"),
     ],
 )
 def test_what_perplexity_refuses(ids, more, words):

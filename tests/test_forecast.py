@@ -90,7 +90,7 @@ def test_what_forecast_refuses(change, words):
 
 def test_from_parameters_reads_what_the_notebooks_declare():
     given = {"MODEL": "gpt2", "RECIPE": "krony-81m", "HEAL_TOKENS": 122_880_000, "HEAL_BATCH": 24, "HEAL_ACCUMULATE": 5}
-    given |= {"HEAL_CONTEXT": 1024, "TOKENS_PER_SECOND": 100_000.0, "PRECISION": "bf16", "SEED": 0}
+    given |= {"CONTEXT": 1024, "TOKENS_PER_SECOND": 100_000.0, "PRECISION": "bf16", "SEED": 0}
     found = from_parameters(given)
     assert (found.steps, found.plan.recipe) == (1000, "krony-81m")
     scaled = from_parameters(given | {"MODEL": "smollm2-135m"})

@@ -9,8 +9,8 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "moments", "quant"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "packing"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing"],
     ["form", "data", "teacher", "encode", "score"],
     ["van_loan", "token_file", "tasks", "predict"],
     ["arrange"],

@@ -85,7 +85,7 @@ def test_moments_equal_those_of_the_gathered_inputs_and_are_shared():
 
 
 def test_moments_of_an_embedding_count_its_rows():
-    found = second_moments(tiny("gpt2"), WINDOWS, ["transformer.wte"])["transformer.wte"]
+    found = second_moments(tiny("gpt2"), WINDOWS.int(), ["transformer.wte"])["transformer.wte"]
     assert torch.equal(found.counts, torch.bincount(WINDOWS.flatten(), minlength=96).double())
 
 

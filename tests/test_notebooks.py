@@ -62,8 +62,6 @@ def test_was_run_top_to_bottom_without_errors_or_noise(book):
 def test_cells_are_short_and_few_functions_are_defined(book):
     cells = code(book[1]["cells"])
     for number, cell in enumerate(cells, 1):
-        if "parameters" in cell["metadata"].get("tags", []):
-            continue  # a list, not a program
         assert len([line for line in source(cell).splitlines() if line.strip()]) <= 25, f"cell {number}"
     defined = re.findall(r"^\s*def (\w+)", "\n".join(map(source, cells)), flags=re.M)
     assert len(defined) <= 2, defined

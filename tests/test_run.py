@@ -362,8 +362,8 @@ def test_dry_run_and_list_print_and_run_nothing(folder, capsys):
 def test_dry_run_tells_what_healing_needs(tmp_path, capsys):
     declared = 'MODEL = "gpt2"\nRECIPE = "krony-81m"\nDATASET = "wikitext-2"\nHEAL_DATASET = "openwebtext"\nHEAL_TOKENS = 1000'
     declared += '\nRUNS = ["one"]\nHEAL_SEEDS = [0]\nALSO_TESTED = []'
-    make(tmp_path, "01_a", "pass", parameters=declared + "\nHEAL_BATCH = 2\nHEAL_CONTEXT = 64\nTOKENS_PER_SECOND = 50")
-    preset(tmp_path, "01_a:\n  HEAL_TOKENS: 27120000000\n  HEAL_BATCH: 120\n  HEAL_CONTEXT: 1024\n  TOKENS_PER_SECOND: 150000\n  HEAL_SEEDS: [0, 1]\n  ALSO_TESTED: [lambada]\n")
+    make(tmp_path, "01_a", "pass", parameters=declared + "\nHEAL_BATCH = 2\nCONTEXT = 64\nTOKENS_PER_SECOND = 50")
+    preset(tmp_path, "01_a:\n  HEAL_TOKENS: 27120000000\n  HEAL_BATCH: 120\n  CONTEXT: 1024\n  TOKENS_PER_SECOND: 150000\n  HEAL_SEEDS: [0, 1]\n  ALSO_TESTED: [lambada]\n")
     assert main(["--preset", "tiny", "--folder", str(tmp_path), "--dry-run"]) == 0
     said = capsys.readouterr().out
     for words in ("81,972,576 parameters", "data: openwebtext, wikitext-2, lambada", "2 runs: 100.4 hours", "27,120,000,000 tokens in 220,704 steps", "50.22 hours"):

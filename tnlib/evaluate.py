@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from scipy.special import stdtrit
 
 from tnlib.cost import flops_per_token, latency, peak_memory_mb, size
+from tnlib.modes import eval_mode
+from tnlib.windows import check_windows
 
 __all__ = ["Comparison", "Divergence", "Perplexity", "compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "peak_memory_mb"]
 __all__ += ["perplexity", "size"]
@@ -87,7 +89,7 @@ def compare(losses, base, level=0.05):
 def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=None, progress=False):
     """Perplexity of a causal language model: exp of the mean next-token NLL over all predicted tokens.
 
-    windows: (windows, context) int64 as from token_windows; or a stream (tokens,), which then needs `context`
+    windows: (windows, context) int64 or int32, as from token_windows; or a stream (tokens,), which then needs `context`
     stride: tokens from one window to the next. None or context: disjoint windows, each predicting context - 1 tokens.
         Smaller: overlapping windows, each scoring only the tokens that no earlier one scored; the last may score fewer
     batch: windows a forward pass; memory is (batch, context, vocabulary) logits, upcast to float32 a window at a time
@@ -97,14 +99,14 @@ def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=N
     """
     stream, starts, first, context = _windows(windows, context, stride)
     starts, first = starts[:max_windows], first[:max_windows]
-    _check(model, stream, context)
+    check_windows("perplexity", model, stream, context)
     sums = []
     with _evaluating(model):
         for some in _progress(torch.arange(len(starts)).split(batch), progress, "perplexity"):
             ids = stream[starts[some, None] + torch.arange(context)]  # (batch, context)
             for row, target, begin in zip(_logits(model, ids), ids, first[some].tolist()):
                 scored = row[begin - 1 : -1].float()  # (context - begin, vocabulary)
-                sums.append(F.cross_entropy(scored, target[begin:].to(row.device), reduction="sum"))
+                sums.append(F.cross_entropy(scored, target[begin:].to(row.device).long(), reduction="sum"))
     sums = _finite(sums, model, "perplexity")
     nll, stderr = _mean(sums, context - first)
     value = math.exp(min(nll, 700.0))  # exp overflows at 710
@@ -123,14 +125,14 @@ def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=N
 def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress=False):
     """Mean KL(teacher || student) of the next-token distributions, over every position of every window.
 
-    windows: (windows, context) int64
+    windows: (windows, context) int64 or int32
     Returns: Divergence in nats per token, stderr over windows
     Raises: ValueError if the vocabularies differ, ids or context are beyond the models', or a KL is not finite
     Source: Hinton et al. 2015, at temperature 1. Zero for a model against itself.
     """
     windows = windows[:max_windows]
-    for model in (student, teacher):
-        _check(model, windows, windows.shape[1])
+    check_windows("kl_to_teacher, student", student, windows)
+    check_windows("kl_to_teacher, teacher", teacher, windows)
     sums = []
     with _evaluating(student), _evaluating(teacher):
         for ids in _progress(windows.split(batch), progress, "KL to teacher"):
@@ -192,22 +194,6 @@ def _windows(windows, context, stride):
     return stream, starts, first, context
 
 
-def _check(model, ids, context):
-    """Refuse ids and contexts that would be an index error, which CUDA reports late and elsewhere."""
-    config = getattr(model, "config", None)
-    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    if vocabulary is not None and int(ids.max()) >= vocabulary:
-        raise ValueError(
-            f"{type(model).__name__}: token id {int(ids.max())} with a vocabulary of {vocabulary}; needed ids below "
-            "that. Tokenize with the model's own tokenizer"
-        )
-    if longest is not None and context > longest:
-        raise ValueError(
-            f"{type(model).__name__}: context {context}, but the model has {longest} positions; needed no more than "
-            "those. Make shorter windows"
-        )
-
-
 def _finite(sums, model, where):
     """Sums over windows in float64, or an error that names the first bad window and the parameters to suspect."""
     sums = torch.stack(sums).double().cpu()
@@ -248,12 +234,6 @@ def _progress(steps, shown, what):
 
 @contextmanager
 def _evaluating(model):
-    """Eval mode without gradients; afterwards each submodule is as it was, a frozen one included."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in before:
-            module.training = training
+    """Eval mode without gradients."""
+    with eval_mode(model), torch.inference_mode():
+        yield

@@ -89,7 +89,7 @@ def forecast(model, recipe, *, tokens, batch, context, tokens_per_second, accumu
 def from_parameters(given):
     """The forecast of a notebook that heals, from its parameters; None for one that declares no HEAL_TOKENS.
 
-    given: MODEL, RECIPE, HEAL_TOKENS, HEAL_BATCH, HEAL_ACCUMULATE, HEAL_CONTEXT, TOKENS_PER_SECOND, PRECISION
+    given: MODEL, RECIPE, HEAL_TOKENS, HEAL_BATCH, HEAL_ACCUMULATE, CONTEXT, TOKENS_PER_SECOND, PRECISION
     """
     if "HEAL_TOKENS" not in given:
         return None
@@ -100,7 +100,7 @@ def from_parameters(given):
         tokens=given["HEAL_TOKENS"],
         batch=given["HEAL_BATCH"],
         accumulate=given.get("HEAL_ACCUMULATE", 1),
-        context=given["HEAL_CONTEXT"],
+        context=given["CONTEXT"],
         tokens_per_second=given["TOKENS_PER_SECOND"],
         precision=given.get("PRECISION", "fp32"),
     )

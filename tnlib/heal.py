@@ -17,10 +17,11 @@ from tnlib.examples import Examples, split
 from tnlib.history import History, read_history
 from tnlib.layers import FactorizedEmbedding
 from tnlib.local import fit_layers_
+from tnlib.modes import eval_mode
 from tnlib.resume import Folder, digest, fingerprint, only_one, put_weights_, weights
 from tnlib.schedule import select_trainable_
-from tnlib.teacher import check_windows
 from tnlib.trainer import HealTrainer, is_sharded
+from tnlib.windows import check_windows
 
 
 def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None, skip=0):
@@ -59,6 +60,7 @@ def heal(student, teacher, data, heal, budget, out=None, seed=0, progress=None, 
         stack.enter_context(_random_state())
         for model in (student, teacher):
             if isinstance(model, torch.nn.Module):
+                stack.enter_context(eval_mode(model))  # the Trainer then sets the student to train mode
                 stack.enter_context(_as_before(model, "attention" in heal.weights))
         return _run(student, teacher, train, validation, heal, budget, folder, (seed, skip), progress, scratch)
 
@@ -191,8 +193,7 @@ def _random_state():
 
 @contextmanager
 def _as_before(model, attention):
-    """Give a model back as it came: modes, gradients on or off, device, forward, cache; eager attention meanwhile if asked."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Give a model back as it came: gradients on or off, device, forward, cache; eager attention meanwhile if asked."""
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     config, device, own = model.config, next(model.parameters()).device, dict(vars(model))
     cache, kernel = getattr(config, "use_cache", None), getattr(config, "_attn_implementation", None)
@@ -210,8 +211,6 @@ def _as_before(model, attention):
         if cache is not None:
             config.use_cache = cache
         _stop_recomputing(model, hooked="_require_grads_hooks" in own)
-        for module, training in modes:
-            module.training = training
         for parameter, needed in grads:
             parameter.requires_grad_(needed)
             parameter.grad = None

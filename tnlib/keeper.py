@@ -32,6 +32,7 @@ class Keeper(TrainerCallback):
         self.sums = self.sums.to(new.device) + new
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Open the history and the bar, where the checkpoint left them."""
         trainer, main = self.trainer, args.should_save
         checkpoint = trainer.folder and trainer.folder.latest()
         if checkpoint and step_of(checkpoint) == state.global_step:
@@ -44,6 +45,7 @@ class Keeper(TrainerCallback):
         self.began = time.perf_counter() - self.seconds
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Evaluate, write a row, stop or ask for a checkpoint, whatever is due at this step."""
         trainer, budget, step = self.trainer, self.trainer.budget, state.global_step
         self.since += 1
         last = step >= state.max_steps
@@ -94,6 +96,7 @@ class Keeper(TrainerCallback):
         return self.worse >= self.trainer.budget.patience
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Draw the whole curve."""
         self.curve.draw(last=True)
 
     def pool(self):

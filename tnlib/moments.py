@@ -4,11 +4,13 @@ For a matrix W and its inputs x, the mean squared error of a replacement W' is t
 C = mean of x x.T, an (in, in) matrix. One pass over the text gives C; the fit then sees no token again.
 """
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from tnlib.modes import eval_mode
 
 KEEP = 8  # inputs of one forward pass that are remembered to find matrices that share one: q, k and v; gate and up
 
@@ -31,7 +33,7 @@ def second_moments(model, windows, names, batch=4, missing=False):
     """Second moments of the inputs of modules `names` over a text, in one pass.
 
     model: in any mode; it runs in eval mode without gradients and is left as it was
-    windows: (windows, context) int64, as from token_windows
+    windows: (windows, context) int64 or int32, as from token_windows
     names: names of nn.Linear, Conv1D or nn.Embedding modules; memory is 8 * in * in bytes for each distinct input
     batch: windows a forward pass. Each pass's products are taken in its own precision, at least float32, and summed in float64
     missing: give None for a module that the text never reaches, instead of an error
@@ -48,7 +50,7 @@ def second_moments(model, windows, names, batch=4, missing=False):
     sums = {name: _Sums(name) for name in names}
     groups, run = {}, _runner(model, names)
     device = next(model.parameters()).device
-    with ExitStack() as hooks, _quiet(model):
+    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
         recent = []
         for name in names:
             hook = _hook(sums, name, groups, recent)
@@ -93,6 +95,7 @@ class _Sums:
         self.tokens += ids.numel()
 
     def moments(self, missing=False):
+        """The sums as Moments; for a module that saw no input None if `missing`, else an error."""
         if not self.tokens and missing:
             return None
         if not self.tokens:
@@ -109,6 +112,7 @@ def _hook(sums, name, groups, recent):
     """Add a module's input to its own sums, or find in the first pass that another module adds the same tensor."""
 
     def hook(module, args, kwargs):
+        """Before the module's forward pass: its first argument is what enters the matrix."""
         x = args[0] if args else next(iter(kwargs.values()))
         leader = next((other for tensor, other in recent if tensor is x), None)
         if groups.setdefault(name, leader or name) != (leader or name):
@@ -132,16 +136,3 @@ def _runner(model, names):
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return lambda ids: called(input_ids=ids, decoder_input_ids=ids)
     return called
-
-
-@contextmanager
-def _quiet(model):
-    """Eval mode without gradients; afterwards each submodule is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

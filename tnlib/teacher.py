@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tnlib.history import is_interactive
+from tnlib.modes import eval_mode
 from tnlib.records import write_atomic
 from tnlib.resume import digest, fingerprint, only_one, same_fingerprint
+from tnlib.windows import check_windows
 
 SHARD_BYTES = 256 * 2**20
 
@@ -91,7 +93,7 @@ class PrecomputedTeacher:
 def precompute_teacher(teacher, windows, out, top=None, *, temperature=1.0, batch=4, progress=None):
     """Write a teacher's logits for `windows` to the folder `out`, and return what heal() takes in the teacher's place.
 
-    windows: (n, context) int64, the training windows of the healing, in the same order
+    windows: (n, context) int64 or int32, the training windows of the healing, in the same order
     top: keep only so many of the largest log-probabilities, all others as one bucket (see losses.logits_kl_top, a lower
         bound of the full divergence); None: all logits, 4 bytes each, which give the very numbers of the live teacher
     temperature: of the probabilities kept, the Heal's; all logits serve every temperature
@@ -123,21 +125,6 @@ def precompute_teacher(teacher, windows, out, top=None, *, temperature=1.0, batc
     return PrecomputedTeacher(out, facts)
 
 
-def check_windows(where, model, ids):
-    """Refuse ids and contexts that would be an index error, which CUDA reports late and elsewhere. Raises: ValueError"""
-    config = model.config
-    vocabulary, longest = (getattr(config, name, None) for name in ("vocab_size", "max_position_embeddings"))
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise ValueError(
-            f"{where}: token ids {int(ids.min())}..{int(ids.max())} with a vocabulary of {vocabulary}; needed ids in it. "
-            "Tokenize with the model's own tokenizer."
-        )
-    if longest is not None and ids.shape[1] > longest:
-        raise ValueError(
-            f"{where}: context {ids.shape[1]}, but the model has {longest} positions; needed no more. Make shorter windows."
-        )
-
-
 def _claim(out, facts):
     """Begin a folder, or see that it was begun with the same facts."""
     path = out / "teacher.json"
@@ -160,23 +147,15 @@ def _claim(out, facts):
 def _compute(teacher, windows, top, temperature, batch):
     """Tensors of one shard."""
     device, values, indices = next(teacher.parameters()).device, [], []
-    modes = [(module, module.training) for module in teacher.modules()]
-    teacher.eval()
-    try:
-        with torch.inference_mode():
-            for some in windows.split(batch):
-                logits = teacher(
-                    input_ids=some.to(device), use_cache=False
-                ).logits.float()  # (batch, context, vocabulary)
-                if top is None:
-                    values.append(logits.cpu())
-                else:
-                    best = (logits / temperature).log_softmax(-1).topk(top)
-                    values.append(best.values.cpu())
-                    indices.append(best.indices.int().cpu())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(teacher), torch.inference_mode():
+        for some in windows.split(batch):
+            logits = teacher(input_ids=some.to(device), use_cache=False).logits.float()  # (batch, context, vocabulary)
+            if top is None:
+                values.append(logits.cpu())
+            else:
+                best = (logits / temperature).log_softmax(-1).topk(top)
+                values.append(best.values.cpu())
+                indices.append(best.indices.int().cpu())
     found = {"values": torch.cat(values)}
     if not found["values"].isfinite().all():
         raise ValueError("precompute_teacher: the teacher's logits are not finite; needed a sound model. Try float32.")

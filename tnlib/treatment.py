@@ -94,7 +94,6 @@ class Heal:
                 f"Heal: got curriculum_steps={self.curriculum_steps} with schedule={self.schedule!r}; needed 'constant': "
                 "the curriculum itself changes the rate, from learning_rate to final_learning_rate. Set it."
             )
-
         if self.curriculum_steps and not self.weights.keys() - AFTER_CURRICULUM:
             raise RecipeError(
                 f"Heal: got curriculum_steps={self.curriculum_steps} with losses {', '.join(self.weights)}, which all wait for "
