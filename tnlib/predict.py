@@ -3,9 +3,9 @@
 import torch
 from tqdm.auto import tqdm
 
-from tnlib.evaluate import _evaluating
 from tnlib.losses import IGNORE
-from tnlib.teacher import check_windows
+from tnlib.modes import eval_mode
+from tnlib.windows import check_windows
 
 
 def predict(model, data, batch=32, progress=False):
@@ -18,6 +18,7 @@ def predict(model, data, batch=32, progress=False):
     Raises: ValueError for ids or context beyond the model's, a model that is no classifier, or logits not finite
     Exact: but for rounding the result does not depend on `batch`, and row i belongs to row i of the data.
     """
+    data = {name: tensor.cpu() for name, tensor in data.items()}
     ids = data["input_ids"]
     check_windows("predict", model, ids)
     mask = data.get("attention_mask", torch.ones_like(ids)) != 0
@@ -25,7 +26,7 @@ def predict(model, data, batch=32, progress=False):
     ends = (mask * torch.arange(1, ids.shape[1] + 1)).amax(1).clamp(min=1)  # (n,): place after the last token
     parts = ends.argsort(descending=True).split(batch)  # the longest first: what does not fit is known at once
     device, found = next(model.parameters()).device, []
-    with _evaluating(model):
+    with eval_mode(model), torch.inference_mode():
         for some in tqdm(parts, "predict", disable=not progress):
             given = {name: tensor[some, : int(ends[some].max())].to(device).long() for name, tensor in inputs.items()}
             logits = model(**given).logits  # (batch, classes) or (batch, longest, classes)

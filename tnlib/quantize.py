@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
+from tnlib.modes import eval_mode
 from tnlib.packing import Packed, QuantizedEmbedding, packed_bytes
 from tnlib.quant import FakeQuantize, QuantizeError
 from tnlib.recipe import dense_modules
@@ -138,18 +139,13 @@ def _quantize_activations(model, quantize, data):
     inputs = {name: tensor[:EXAMPLES].to(device) for name, tensor in rows.items() if name != "labels"}
     if inputs["input_ids"].dtype == torch.int32:
         inputs["input_ids"] = inputs["input_ids"].long()
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(**inputs)
     except BaseException:
         for layer in layers:
             layer.between = None
         raise
-    finally:
-        for module, training in modes:
-            module.training = training
     for layer in layers:
         layer.between.train(layer.training).observing = False
         if not layer.between.grids:
