@@ -246,7 +246,7 @@ def test_size_of_minilm_on_disk(tmp_path):
         quantize_(model, DENSE)
         assert torch.equal(model(ids).last_hidden_state, seen)
     assert file_bytes(model, tmp_path / "x.safetensors") == predicted.bytes
-    assert (tmp_path / "x.safetensors").stat().st_size == pytest.approx(predicted.bytes, rel=0.02)
+    assert (tmp_path / "x.safetensors").stat().st_size == pytest.approx(predicted.file_bytes, rel=0.02)
 
 
 # ---- what is refused
