@@ -24,6 +24,7 @@ _PUBLIC = {
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
     "quantize": ["fake_quantize_", "quantize_", "quantized_size"],
+    "torchao_kernels": ["use_torchao_"],
     "resume": ["load_weights_", "save_weights"],
     "moments": ["Moments", "second_moments"],
     "weighted": ["Metric", "fit_weighted"],

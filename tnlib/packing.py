@@ -68,7 +68,7 @@ class Packed(nn.Module):
         self.bits, self.scales, self.symmetric = fake.bits, fake.quantize.scales, fake.quantize.symmetric
         self.shape = tuple(tensor.shape)
         rows = blocks(_wide(tensor.detach()), self.scales)
-        scale, low = (part.detach().clone() for part in fake.grid())
+        scale, low = fake.grid()
         codes = unblocks(round_to_grid(rows, scale, low, low + (2**self.bits - 1)) - low, self.shape, self.scales)
         self.register_buffer("codes", pack(codes, self.bits))
         self.register_buffer("scale", scale)

@@ -14,7 +14,7 @@ from torch import nn
 STARTS = ("max", "percentile", "mse", "lsq")
 LEARN = ("plain", "lsq", "frozen", "follow")
 PERCENTILE = 99.9  # of |x|, for start="percentile"
-PIECE = 1 << 16  # numbers: 256 KiB each of four tensors
+PIECE = 1 << 17  # numbers: 512 KiB each of four tensors
 EDGE = 1e-4  # of a step: a number on the bound itself is inside, whatever the rounding of x/s
 SHRINK = tuple(0.9**k for k in range(40))  # shares of max that start="mse" tries; a core's max may be 40 deviations
 
@@ -85,7 +85,9 @@ def round_to_grid(x, scale, low, high, out=None):
     x, scale, low, high: broadcast against each other; low and high numbers or tensors
     Returns: integers in x's own float type. Exact: of s*k it is k for every integer k of the grid.
     """
-    return torch.div(x, scale, out=out).round_().clamp_(low, high)
+    return (
+        torch.div(x, scale, out=out).round_().clamp_min_(low).clamp_max_(high)
+    )  # clamp_ of tensors is ten times slower
 
 
 def blocks(x, scales):
@@ -166,33 +168,48 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, low, steps, gain):
+    def forward(ctx, x, learned, scale, low, steps, gain):
         out = torch.empty_like(x)
         for some, seen in _pieces(x, out):
             round_to_grid(some, scale, low, low + steps, out=seen).mul_(scale)
-        ctx.save_for_backward(x, out, scale, low)
+        ctx.save_for_backward(x, out, learned, scale, low)
         ctx.steps, ctx.gain = steps, gain
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, out, scale, low = ctx.saved_tensors
+        x, out, learned, scale, low = ctx.saved_tensors
         to_x, total = torch.empty_like(x), torch.zeros_like(scale)
         for some, seen, slope, passed in _pieces(x, out, grad.contiguous(), to_x):
-            torch.div(some, scale, out=passed).sub_(low)  # 0..steps inside the range
-            bounds = -EDGE, ctx.steps + EDGE
-            torch.ops.aten.hardtanh_backward.grad_input(
-                slope, passed, *bounds, grad_input=passed
-            )  # slope inside, else 0
+            _pass_inside(slope, some, scale, low, ctx.steps, out=passed)
             if ctx.needs_input_grad[1]:
-                total += torch.linalg.vecdot(slope, seen)[:, None] - torch.linalg.vecdot(passed, some)[:, None]
-        return to_x, total.div_(scale).mul_(ctx.gain) if ctx.needs_input_grad[1] else None, None, None, None
+                total += _dot(slope, seen) - _dot(passed, some)
+        to_scale = total.div_(scale).mul_(learned.sign()).mul_(ctx.gain) if ctx.needs_input_grad[1] else None
+        return to_x, to_scale, None, None, None, None
+
+
+def _pass_inside(slope, x, scale, low, steps, out):
+    """Into `out`: `slope` where low <= x/scale <= low + steps, 0 elsewhere."""
+    if _in_pieces(x):  # bounds of x itself spare two passes; elsewhere they would stop an accelerator's queue
+        step, least = float(scale), float(low)
+        bounds = (least - EDGE) * step, (least + steps + EDGE) * step
+    else:
+        x, bounds = torch.div(x, scale, out=out).sub_(low), (-EDGE, steps + EDGE)
+    torch.ops.aten.hardtanh_backward.grad_input(slope, x, *bounds, grad_input=out)
+
+
+def _dot(a, b):
+    """Inner product of each block: (blocks, 1)."""
+    return torch.dot(a[0], b[0]) if _in_pieces(a) else torch.linalg.vecdot(a, b)[:, None]  # the latter makes a product
 
 
 def _pieces(*tensors):
     """Tensors (blocks, numbers) in pieces that stay in a processor's cache while several passes go over them."""
-    whole = len(tensors[0]) > 1 or tensors[0].device.type != "cpu"
-    return zip(*((tensor,) if whole else tensor.split(PIECE, 1) for tensor in tensors))
+    return zip(*(tensor.split(PIECE, 1) if _in_pieces(tensor) else (tensor,) for tensor in tensors))
+
+
+def _in_pieces(x):
+    return len(x) == 1 and x.device.type == "cpu"
 
 
 class FakeQuantize(nn.Module):
@@ -226,19 +243,16 @@ class FakeQuantize(nn.Module):
     def grid(self, rows=None):
         """Scale and smallest integer (blocks, 1), started anew from `rows` where a scale follows its tensor."""
         if self.quantize.learn == "follow" and self.training and rows is not None:
-            self.scale, self.low = self._start(
-                rows.detach()
-            )  # new tensors: a shared weight is read twice before backward
-        scale = self.scale.abs().clamp_min(
-            1e-12
-        )  # a step may carry a scale across 0, where the grid is the same mirrored
-        return scale, self.low
+            # new tensors, not new numbers in the old ones: a tied weight is read twice before the backward pass
+            self.scale, self.low = self._start(rows.detach())
+        # a step may carry a scale across 0, where the grid is the same mirrored
+        return self.scale.detach().abs().clamp_min(1e-12), self.low
 
     def forward(self, x):
         """x through the grid, same shape and dtype."""
         rows = blocks(_wide(x), self.quantize.scales)  # (blocks, numbers)
         gain = 1 / math.sqrt(rows.shape[1] * (2 ** (self.bits - 1) - 1)) if self.quantize.learn == "lsq" else 1.0
-        seen = _StraightThrough.apply(rows, *self.grid(rows), 2**self.bits - 1, gain)
+        seen = _StraightThrough.apply(rows, self.scale, *self.grid(rows), 2**self.bits - 1, gain)
         return unblocks(seen, x.shape, self.quantize.scales).to(x.dtype)
 
     def extra_repr(self):
