@@ -23,7 +23,7 @@ RUNGS = [
     ["objective"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize"],
-    ["heal"],
+    ["heal", "quantized_size", "torchao_kernels"],
     ["stages"],
     ["presets", "report"],
     ["job"],
