@@ -16,7 +16,7 @@ LEARN = ("plain", "lsq", "frozen", "follow")
 PERCENTILE = 99.9  # of |x|, for start="percentile"
 PIECE = 1 << 16  # numbers: 256 KiB each of four tensors
 EDGE = 1e-4  # of a step: a number on the bound itself is inside, whatever the rounding of x/s
-SHRINK = tuple(k / 40 for k in range(12, 41))  # shares of the largest |x| that start="mse" tries
+SHRINK = tuple(0.9**k for k in range(40))  # shares of max that start="mse" tries; a core's max may be 40 deviations
 
 
 class QuantizeError(ValueError):
