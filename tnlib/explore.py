@@ -149,14 +149,17 @@ class BitExplorer(Explorer):
     def __init__(self, tensor, values, scales, starts, start=4, delay=0.15):
         self.tensor, self.bits = tensor.detach().float(), list(values)
         self.noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+        self._tables = {}
         choices = {"scales": scales, "start": starts}
         super().__init__(self.figure, self.bits, "bits", start, delay, choices)
 
     def table(self, scales, start):
         """The plotted numbers as columns: bits, error, error of Gaussian noise of the same shape."""
-        found = {"error": self.tensor, "noise error": self.noise}
-        rows = {name: [_grid_error(x, b, scales, start) for b in self.bits] for name, x in found.items()}
-        return {"bits": self.bits, "scales": str(scales), "start": start} | rows
+        if (scales, start) not in self._tables:
+            found = {"error": self.tensor, "noise error": self.noise}
+            rows = {name: [_grid_error(x, b, scales, start) for b in self.bits] for name, x in found.items()}
+            self._tables[scales, start] = {"bits": self.bits, "scales": str(scales), "start": start} | rows
+        return self._tables[scales, start]
 
     def figure(self, position):
         """The static figure for (bits, scales, start), and its sentence: (figure, text)."""
@@ -181,7 +184,7 @@ class BitExplorer(Explorer):
         axis.hist(self.tensor.flatten().numpy(), bins=200, color="#bbbbbb")
         grid = float(fake.scale[0]) * torch.arange(-(2 ** (fake.bits - 1)), 2 ** (fake.bits - 1))
         axis.vlines(grid, 0, 1, transform=axis.get_xaxis_transform(), color="#0072B2", linewidth=0.6)
-        which = "the grid" if fake.scale.numel() == 1 else f"the first of {fake.scale.numel():,} grids"
+        which = "The grid" if fake.scale.numel() == 1 else f"The first of {fake.scale.numel():,} grids"
         axis.set(
             yscale="log", xlabel="number", ylabel="how many", title=f"{which}, points {grid[1] - grid[0]:.2g} apart"
         )
