@@ -7,8 +7,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from tnlib.audit import audit
-from tnlib.explore import Explorer, fit_explorer
+from tnlib.explore import Explorer, bit_explorer, fit_explorer
 from tnlib.low_rank import LowRank
+from tnlib.quant import FakeQuantize, Quantize
 
 mpl.use("Agg")
 
@@ -51,4 +52,26 @@ def test_fit_explorer_agrees_with_the_audit():
     assert torch.allclose(torch.tensor(table["error"]), torch.tensor(table["low-rank error"]), atol=1e-6)
     figure, _ = explorer.figure(12)
     assert len(figure.axes) == 3
+    plt.close(figure)
+
+
+def test_buttons_redraw_and_pictures_are_kept_for_each_position():
+    explorer = Explorer(draw, [1, 2], "bits", start=1, choices={"scales": ["tensor", 64]})
+    assert "value (1, 'tensor')" in explorer.sentence.value
+    explorer.buttons[0].value = 64
+    assert "value (1, 64)" in explorer.sentence.value
+    explorer.buttons[0].value = "tensor"
+    assert explorer.draws == 2
+
+
+def test_bit_explorer_agrees_with_the_grid():
+    tensor = torch.randn(16, 24)
+    explorer = bit_explorer(tensor, bits=(2, 4), scales=("tensor", 64), starts=("max", "mse"))
+    explorer.buttons[1].value = "mse"
+    fake = FakeQuantize(tensor, Quantize(bits=4, start="mse"))
+    error = float((fake(tensor).detach() - tensor).norm() / tensor.norm())
+    assert f"{error:.3f} of the tensor is missed" in explorer.sentence.value
+    assert explorer.table("tensor", "mse")["error"][1] == error
+    figure, text = explorer.figure((2, 64, "max"))
+    assert "2.50 bits a number" in text  # 384 numbers, 6 scales of 32 bits
     plt.close(figure)

@@ -45,7 +45,7 @@ _PUBLIC = {
     "predict": ["predict"],
     "score": ["compare_scores", "score"],
     "evaluate": ["compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],
-    "explore": ["Explorer", "fit_explorer"],
+    "explore": ["Explorer", "bit_explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

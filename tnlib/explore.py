@@ -1,7 +1,7 @@
 """One slider, one question: what does this rank, bond dimension or number of terms cost me?
 
 An Explorer redraws a picture when its slider comes to rest; `fit_explorer` asks the question of one weight and one family
-of forms. The picture is a PNG inside a widget, so it works in JupyterLab, survives export and is tested without a kernel.
+of forms, `bit_explorer` of one tensor and the integer grids of quant.py. The picture is a PNG inside a widget, so it works in JupyterLab, survives export and is tested without a kernel.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import torch
 
 from tnlib.audit import audit
 from tnlib.low_rank import low_rank_errors
+from tnlib.quant import STARTS, FakeQuantize, Quantize
 
 
 class Explorer(ipywidgets.VBox):
@@ -20,9 +21,10 @@ class Explorer(ipywidgets.VBox):
     draw: value -> (matplotlib figure, sentence); called once a value, the picture is kept
     delay: seconds that the slider must rest before a redraw; fast key presses draw once (needs a running event loop,
         as every kernel has; without one a change draws at once)
+    choices: {label: options} of further controls, rows of buttons; draw then gets the tuple (value, option, …)
     """
 
-    def __init__(self, draw, values, label, start=None, delay=0.15):
+    def __init__(self, draw, values, label, start=None, delay=0.15, choices=None):
         self.draw, self.delay, self.draws = draw, delay, 0
         self._kept, self._due = {}, None
         values = list(values)
@@ -34,10 +36,15 @@ class Explorer(ipywidgets.VBox):
             style={"description_width": "initial"},
             layout={"width": "30em"},
         )
+        self.buttons = [
+            ipywidgets.ToggleButtons(options=list(options), description=name, style={"button_width": "6em"})
+            for name, options in (choices or {}).items()
+        ]
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%"})
         self.sentence = ipywidgets.HTML()
-        super().__init__([self.slider, self.picture, self.sentence])
-        self.slider.observe(lambda change: self._schedule(), "value")
+        super().__init__([self.slider, *self.buttons, self.picture, self.sentence])
+        for control in (self.slider, *self.buttons):
+            control.observe(lambda change: self._schedule(), "value")
         self._show()
 
     def _schedule(self):
@@ -52,6 +59,8 @@ class Explorer(ipywidgets.VBox):
 
     def _show(self):
         value = self.slider.value
+        if self.buttons:
+            value = (value, *(row.value for row in self.buttons))
         if value not in self._kept:
             self.draws += 1
             self._kept[value] = self._render(value)
@@ -132,6 +141,72 @@ def fit_explorer(weight, make_form, values, label, start=None):
     Exact: the error in the sentence is audit(weight, make_form(value)).error.
     """
     return FitExplorer(weight, make_form, values, label, start)
+
+
+class BitExplorer(Explorer):
+    """What a grid makes of one tensor; see `bit_explorer`."""
+
+    def __init__(self, tensor, values, scales, starts, start=4, delay=0.15):
+        self.tensor, self.bits = tensor.detach().float(), list(values)
+        self.noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+        self._tables = {}
+        choices = {"scales": scales, "start": starts}
+        super().__init__(self.figure, self.bits, "bits", start, delay, choices)
+
+    def table(self, scales, start):
+        """The plotted numbers as columns: bits, error, error of Gaussian noise of the same shape."""
+        if (scales, start) not in self._tables:
+            found = {"error": self.tensor, "noise error": self.noise}
+            rows = {name: [_grid_error(x, b, scales, start) for b in self.bits] for name, x in found.items()}
+            self._tables[scales, start] = {"bits": self.bits, "scales": str(scales), "start": start} | rows
+        return self._tables[scales, start]
+
+    def figure(self, position):
+        """The static figure for (bits, scales, start), and its sentence: (figure, text)."""
+        import matplotlib.pyplot as plt
+
+        bits, scales, start = position
+        figure, (histogram, curve) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(1.5, 1))
+        table, fake = self.table(scales, start), _grid(self.tensor, bits, scales, start)
+        error, null = (table[name][self.bits.index(bits)] for name in ("error", "noise error"))
+        self._histogram(histogram, fake)
+        curve.semilogy(self.bits, table["error"], label="this tensor")
+        curve.semilogy(self.bits, table["noise error"], "--", label="Gaussian noise, same shape")
+        curve.plot([bits], [error], "o", color="black", markersize=9, fillstyle="none")
+        curve.set(xlabel="bits", ylabel="relative error", title=f"{bits} bits: {error:.3f}")
+        curve.legend(fontsize=8)
+        stored = bits + 32 * fake.scale.numel() / self.tensor.numel()
+        text = f"{bits} bits, scales: {scales}, start: {start}. {stored:.2f} bits a number are stored, "
+        return figure, text + f"{error:.3f} of the tensor is missed; of noise of the same shape: {null:.3f}."
+
+    def _histogram(self, axis, fake):
+        """The tensor's numbers, and the grid of its first scale."""
+        axis.hist(self.tensor.flatten().numpy(), bins=200, color="#bbbbbb")
+        grid = float(fake.scale[0]) * torch.arange(-(2 ** (fake.bits - 1)), 2 ** (fake.bits - 1))
+        axis.vlines(grid, 0, 1, transform=axis.get_xaxis_transform(), color="#0072B2", linewidth=0.6)
+        which = "The grid" if fake.scale.numel() == 1 else f"The first of {fake.scale.numel():,} grids"
+        axis.set(
+            yscale="log", xlabel="number", ylabel="how many", title=f"{which}, points {grid[1] - grid[0]:.2g} apart"
+        )
+        axis.grid(False)
+
+
+def bit_explorer(tensor, bits=range(2, 9), scales=("tensor", "channel", 64), starts=STARTS):
+    """A slider over bits, and buttons for scales and their start: the grid on the tensor's histogram, and its error.
+
+    Returns: BitExplorer. `.figure((4, "tensor", "mse"))` is one picture as a plain matplotlib figure
+    Exact: the error in the sentence is that of FakeQuantize(tensor, Quantize(bits=…, scales=…, start=…)).
+    """
+    return BitExplorer(tensor, bits, scales, starts)
+
+
+def _grid(tensor, bits, scales, start):
+    return FakeQuantize(tensor, Quantize(bits=bits, scales=scales, start=start, learn="frozen"))
+
+
+def _grid_error(tensor, bits, scales, start):
+    with torch.no_grad():
+        return float((_grid(tensor, bits, scales, start)(tensor) - tensor).norm() / tensor.norm())
 
 
 def _error(rho):

@@ -148,9 +148,11 @@ def _reach(size, high, start):
 def _least_error(rows, scale, low, high):
     """The share of `scale` in SHRINK that leaves the smallest squared error, block by block."""
     best, error = scale, torch.full_like(scale, math.inf)
+    rows, buffer = rows.detach(), torch.empty_like(rows)
     for share in SHRINK:
         tried = share * scale
-        new = (round_to_grid(rows, tried, low, high) * tried - rows).square().sum(1, keepdim=True)
+        miss = round_to_grid(rows, tried, low, high, out=buffer).mul_(tried).sub_(rows)
+        new = torch.linalg.vecdot(miss, miss)[:, None]
         best, error = torch.where(new < error, tried, best), torch.minimum(new, error)
     return best
 
