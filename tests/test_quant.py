@@ -301,7 +301,7 @@ def test_unpack_is_the_inverse_of_pack(bits, data):
     codes = torch.tensor(data.draw(st.lists(st.integers(0, 2**bits - 1), max_size=70)), dtype=torch.float32)
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8
-    assert len(packed) == packed_bytes(len(codes), bits) == math.ceil(len(codes) * bits / 8)
+    assert len(packed) == packed_bytes((len(codes),), bits) == math.ceil(len(codes) * bits / 8)
     assert torch.equal(unpack(packed, bits, len(codes)).float(), codes)
 
 
@@ -314,7 +314,7 @@ def test_the_first_code_is_in_the_lowest_bits():
 def test_widths_that_do_not_fill_bytes_are_refused(bits):
     for call in (
         lambda: pack(torch.zeros(4), bits),
-        lambda: packed_bytes(4, bits),
+        lambda: packed_bytes((4,), bits),
         lambda: Packed(torch.ones(4), grid_of(torch.ones(4), bits=bits)),
     ):
         with pytest.raises(QuantizeError, match=f"bits={bits}; needed 2, 4, 8. Train with other widths"):
@@ -382,11 +382,21 @@ def test_only_the_rows_looked_up_are_unpacked(monkeypatch):
     assert seen == [3 * 8, 1000 * 8]
 
 
-@pytest.mark.parametrize(("width", "scales"), [(7, "channel"), (8, 3), (8, 16)])
+@pytest.mark.parametrize(("width", "bits"), [(7, 4), (8, 4), (5, 2), (9, 8), (1, 2)])
+def test_rows_of_any_width_begin_at_a_byte(width, bits):
+    table, ids = torch.randn(12, width), torch.tensor([[11, 0], [3, 3]])
+    packed = Packed(table, grid_of(table, bits=bits))
+    layer = QuantizedEmbedding(packed)
+    assert packed.codes.numel() == packed_bytes((12, width), bits) == 12 * math.ceil(width * bits / 8)
+    assert torch.equal(layer(ids), torch.nn.functional.embedding(ids, layer.weight))
+    assert torch.equal(layer.weight, grid_of(table, bits=bits)(table))
+
+
+@pytest.mark.parametrize(("width", "scales"), [(7, 2), (8, 3), (8, 16)])
 def test_rows_that_are_not_whole_are_refused(width, scales):
     table = torch.randn(12, width)
     with pytest.raises(
-        QuantizeError, match=f"rows of {width} numbers of 4 bits.* needed rows of whole bytes and whole"
+        QuantizeError, match=f"rows of {width} numbers, scales={scales}.* needed rows of whole groups"
     ):
         QuantizedEmbedding(Packed(table, grid_of(table, scales=scales)))
 

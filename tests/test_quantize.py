@@ -271,6 +271,7 @@ def stored(quantize, model=None):
 
 
 ODD = LowRank(rank=7)  # rows of 7 numbers, 3.5 bytes
+GROUPS = Quantize(bits=4, scales=4)
 REFUSED = [
     (lambda: tiny("llama"), fake_quantize_, FACTORS, {}, "no such tensors that are still float.*Factorize it first"),
     (lambda: tiny("llama"), quantize_, FACTORS, {}, "no such tensors that are still float"),
@@ -285,8 +286,8 @@ REFUSED = [
     (lambda: factorized("llama"), fake_quantize_, ACTIVATIONS, {"data": IDS + 96}, "got ids"),
     (lambda: broken(factorized("llama")), fake_quantize_, FACTORS, {}, r"layers\.0\..*left: .*1 of .* numbers are NaN"),
     (lambda: broken(factorized("llama")), quantize_, FACTORS, {}, r"quantize_, .*layers\.0\..*left: .*NaN"),
-    (lambda: factorized("llama", ODD), quantize_, FACTORS, {}, "model.embed_tokens.left: .*rows of 7 numbers of 4 bits"),
-    (lambda: faked(FACTORS, factorized("llama", ODD)), quantize_, FACTORS, {}, "needed rows of whole bytes"),
+    (lambda: factorized("llama", ODD), quantize_, GROUPS, {}, "model.embed_tokens.left: .*rows of 7 numbers, scales=4"),
+    (lambda: faked(GROUPS, factorized("llama", ODD)), quantize_, GROUPS, {}, "needed rows of whole groups"),
 ]  # fmt: skip
 
 

@@ -40,10 +40,15 @@ def unpack(packed, bits, count=None):
     return codes if count is None else codes[..., :count]
 
 
-def packed_bytes(count, bits):
-    """Bytes that `count` codes take."""
+def packed_bytes(shape, bits):
+    """Bytes that the codes of a tensor take; each row of a matrix begins at a byte, so that rows can be looked up."""
     _check_stored(bits)
-    return math.ceil(count * bits / 8)
+    rows, width = _rows_and_width(shape)
+    return rows * math.ceil(width * bits / 8)
+
+
+def _rows_and_width(shape):
+    return tuple(shape) if len(shape) == 2 else (1, math.prod(shape))
 
 
 def _check_stored(bits):
@@ -70,7 +75,9 @@ class Packed(nn.Module):
         rows = blocks(_wide(tensor.detach()), self.scales)
         scale, low = fake.grid()
         codes = unblocks(round_to_grid(rows, scale, low, low + (2**self.bits - 1)) - low, self.shape, self.scales)
-        self.register_buffer("codes", pack(codes, self.bits))
+        rows, width = _rows_and_width(self.shape)
+        whole = F.pad(codes.reshape(rows, width), (0, -width % (8 // self.bits)))  # rows of whole bytes
+        self.register_buffer("codes", pack(whole, self.bits))
         self.register_buffer("scale", scale)
         self.register_buffer("low", None if self.symmetric else low.to(torch.int16))
         self.register_buffer("like", tensor.new_empty(0), persistent=False)  # its type is that of the tensors given
@@ -86,14 +93,15 @@ class Packed(nn.Module):
 
     def forward(self):
         """The tensor."""
-        codes = unpack(self.codes, self.bits, self.quantized_elements).to(self.scale.dtype)
+        count, width = _rows_and_width(self.shape)
+        codes = unpack(self.codes.reshape(count, -1), self.bits, width).to(self.scale.dtype)  # (rows of a matrix, width)
         rows = blocks(codes.reshape(self.shape), self.scales)  # (blocks, numbers)
         return unblocks(self._values(rows, self.scale, self.low), self.shape, self.scales)
 
     def rows(self, ids):
-        """Rows `ids` (n,) of a matrix whose rows are whole bytes and whole groups: (n, width); no other row is unpacked."""
+        """Rows `ids` (n,) of a matrix whose rows are whole groups: (n, width); no other row is unpacked."""
         rows, width = self.shape
-        codes = unpack(self.codes.reshape(rows, -1).index_select(0, ids), self.bits).to(self.scale.dtype)  # (n, width)
+        codes = unpack(self.codes.reshape(rows, -1).index_select(0, ids), self.bits, width).to(self.scale.dtype)  # (n, width)
         codes = codes.unflatten(1, (-1, self.scales if isinstance(self.scales, int) else width))
         scale, low = (
             part if self.scales == "tensor" or part is None else part.reshape(rows, -1, 1).index_select(0, ids)
@@ -119,17 +127,17 @@ class QuantizedEmbedding(nn.Module):
     """An embedding whose table is packed: only the rows that are looked up are unpacked. ids (…) -> (…, dim).
 
     packed: the Packed of a (rows, width) table; right: (width, dim), the second factor of a low-rank table, or None
-    Raises: QuantizeError where a row does not begin at a byte, or a scale covers parts of two rows
+    Raises: QuantizeError where a scale covers parts of two rows
     Exact: equals F.embedding(ids, layer.weight), bit for bit where there is no second factor.
     """
 
     def __init__(self, packed, right=None, padding_idx=None):
         super().__init__()
         rows, width = packed.shape
-        if width * packed.bits % 8 or (isinstance(packed.scales, int) and width % packed.scales):
+        if isinstance(packed.scales, int) and width % packed.scales:
             raise QuantizeError(
-                f"QuantizedEmbedding: rows of {width} numbers of {packed.bits} bits, scales={packed.scales!r}; needed rows of whole bytes "
-                "and whole groups. Use scales='channel', one a row, or a group that divides the width."
+                f"QuantizedEmbedding: rows of {width} numbers, scales={packed.scales!r}; needed rows of whole groups. "
+                "Use scales='channel', one a row, or a group that divides the width."
             )
         self.packed, self.padding_idx = packed, padding_idx
         self.num_embeddings, self.embedding_dim = rows, width if right is None else right.shape[1]

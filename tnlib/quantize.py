@@ -158,10 +158,10 @@ def quantize_(model, quantize):
     Afterwards the tensors are buffers that are unpacked when they are read, on any device; an embedding table unpacks the
     rows looked up only. Grids of activations stay as fake_quantize_ left them, in float.
     Raises: QuantizeError for bits that are not stored (2, 4, 8), for another Quantize than the model was trained with, for
-        embedding rows that do not begin at a byte; the model is then as it was
+        embedding rows that a group of numbers does not divide; the model is then as it was
     Exact: the model computes what it did fake-quantized, bit for bit; its bytes are those that quantized_size names.
     """
-    packed_bytes(0, quantize.bits)
+    packed_bytes((0,), quantize.bits)
     found = targets(model, quantize)
     refuse_there("quantize_", found, Packed)
     stored, tables = {}, {}  # a shared tensor once; all of them, before any is put in place

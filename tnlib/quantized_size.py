@@ -62,7 +62,7 @@ def quantized_size(model, *quantizes):
             parts = ("codes", "scale") if quantize.symmetric else ("codes", "scale", "low")
             place = f"{target.name}.parametrizations.{target.attribute}.0"
             names.setdefault(id(target.original), [f"{place}.{part}" for part in parts])
-    codes = sum(packed_bytes(tensor.numel(), quantize.bits) for tensor, quantize in chosen.values())
+    codes = sum(packed_bytes(tensor.shape, quantize.bits) for tensor, quantize in chosen.values())
     scales = sum(_scale_bytes(tensor, quantize) for tensor, quantize in chosen.values())
     grids = [module for module in model.modules() if isinstance(module, (FakeQuantize, Packed))]
     packed = [module for module in grids if isinstance(module, Packed)]
