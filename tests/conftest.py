@@ -41,6 +41,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """Tiny models gain nothing from threads, and on busy cores threads that wait for each other spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=FORMS, ids=str)
 def form(request):
     return request.param.resolve(SHAPE)

@@ -46,14 +46,7 @@ from tnlib.resume import load_file, weights
 from tnlib.schedule import kinds, parameter_groups
 from tnlib.trainer import HealTrainer
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors gain nothing from two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))

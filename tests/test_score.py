@@ -24,13 +24,7 @@ NAMES = ("O", "B-x", "I-x", "B-y", "I-y", "unseen")
 O, BX, IX, BY, IY, UNSEEN = range(6)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def guesses(n, classes=2, right=0.9, seed=0):

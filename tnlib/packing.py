@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tnlib.quant import QuantizeError, _wide, blocks, round_to_grid, unblocks
+from tnlib.quant import QuantizeError, blocks, round_to_grid, unblocks, wide
 
 STORED_BITS = (2, 4, 8)
 
@@ -72,7 +72,7 @@ class Packed(nn.Module):
         _check_stored(fake.bits)
         self.bits, self.scales, self.symmetric = fake.bits, fake.quantize.scales, fake.quantize.symmetric
         self.shape = tuple(tensor.shape)
-        rows = blocks(_wide(tensor.detach()), self.scales)
+        rows = blocks(wide(tensor.detach()), self.scales)
         scale, low = fake.grid()
         codes = unblocks(round_to_grid(rows, scale, low, low + (2**self.bits - 1)) - low, self.shape, self.scales)
         rows, width = _rows_and_width(self.shape)

@@ -180,6 +180,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad of the output (blocks, numbers) -> gradients of x and of the scale."""
         x, out, learned, scale, low = ctx.saved_tensors
         to_x, total = torch.empty_like(x), torch.zeros_like(scale)
         for some, seen, slope, passed in _pieces(x, out, grad.contiguous(), to_x):
@@ -232,7 +233,7 @@ class FakeQuantize(nn.Module):
                 f"FakeQuantize: {int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers are NaN or infinite; needed finite ones."
             )
         self.quantize, self.bits = quantize, bits or quantize.bits
-        scale, low = self._start(blocks(_wide(tensor.detach()), quantize.scales))
+        scale, low = self._start(blocks(wide(tensor.detach()), quantize.scales))
         self.register_buffer("low", low)  # (blocks, 1)
         if quantize.learn in ("frozen", "follow"):
             self.register_buffer("scale", scale)
@@ -252,7 +253,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x):
         """x through the grid, same shape and dtype."""
-        rows = blocks(_wide(x), self.quantize.scales)  # (blocks, numbers)
+        rows = blocks(wide(x), self.quantize.scales)  # (blocks, numbers)
         gain = 1 / math.sqrt(rows.shape[1] * (2 ** (self.bits - 1) - 1)) if self.quantize.learn == "lsq" else 1.0
         seen = _StraightThrough.apply(rows, self.scale, *self.grid(rows), 2**self.bits - 1, gain)
         return unblocks(seen, x.shape, self.quantize.scales).to(x.dtype)
@@ -261,5 +262,6 @@ class FakeQuantize(nn.Module):
         return f"bits={self.bits}, scales={self.quantize.scales} ({self.scale.numel()}), learn={self.quantize.learn}"
 
 
-def _wide(x):
+def wide(x):
+    """At least float32: what grids are computed in."""
     return x if x.dtype == torch.float64 else x.float()

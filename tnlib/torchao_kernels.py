@@ -18,7 +18,6 @@ from torch import nn
 from tnlib.layers import FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.quant import QuantizeError
-from tnlib.surgery import _swap
 
 TRIAL = 32  # columns and rows of the layer on which a kernel is tried
 
@@ -49,7 +48,7 @@ def use_torchao_(model, bits=8, dynamic=False):
     for layer in new.values():
         quantize(nn.Sequential(layer), config)
     for name, layer in new.items():
-        _swap(model, name, layer.eval())
+        model.set_submodule(name, layer.eval())
 
 
 def _torchao(bits, dynamic):
