@@ -31,13 +31,13 @@ def _scored(model, row, moments):
     square = total = output = whole = 0.0
     for name in row.names:
         module = model.get_submodule(name)
-        layer = fitted_layer(name, module, row.form)
-        missed, norm = squares(module, layer)
+        weight = fitted_layer(name, module, row.form).weight.detach()  # (out, in)
+        missed, norm = squares(module, weight)
         square, total = square + missed, total + norm
         if moments is not None:
-            weight, metric = weight_of(module).detach().double(), Metric(moments[name].second)
-            output += metric.square(weight - layer.weight.detach())
-            whole += metric.square(weight)
+            dense, metric = weight_of(module).detach().double(), Metric(moments[name].second)
+            output += metric.square(dense - weight)
+            whole += metric.square(dense)
     scores = {"error": ((square / total) ** 0.5 if total else 0.0,), "square": (square,)}
     if moments is not None:
         scores |= {"output": (output,), "relative_output": (output / whole if whole else 0.0,)}

@@ -76,9 +76,9 @@ def _measured(model, prefix, block, row, moments):
     for name in row.names:
         module = model.get_submodule(name)
         layer = fitted_layer(name, module, row.form, moments)
-        square, total = squares(module, layer)
+        weight = layer.weight.detach()  # (out, in)
+        square, total = squares(module, weight)
         missed, whole = missed + square, whole + total
-        weight = layer.weight.detach()
         new[module.weight] = weight.T.contiguous() if is_conv1d(module) else weight
         if module.bias is not None:
             new[module.bias] = layer.bias.detach()
@@ -105,10 +105,10 @@ def fitted_layer(name, module, form, moments=None):
     return layer
 
 
-def squares(module, layer):
-    """|W - W'|^2 and |W|^2 of a dense layer and its replacement, float64."""
-    weight = weight_of(module).detach().double()
-    return float((weight - layer.weight.detach()).square().sum()), float(weight.square().sum())
+def squares(module, weight):
+    """|W - W'|^2 and |W|^2 of a dense layer and the weight (out, in) that replaces its own, float64."""
+    dense = weight_of(module).detach().double()
+    return float((dense - weight).square().sum()), float(dense.square().sum())
 
 
 @contextmanager
