@@ -1,6 +1,6 @@
 """Budgets split by hand, to compare an allocation with: the same share, the same rank, CompactifAI's advice, Hybrid TT's split.
 
-Each rule has one number left open. It is set by bisection to the largest value that keeps the budget.
+Each rule has one number left open. It is set by bisection so that as much of the budget is spent as its steps allow.
 """
 
 import math
@@ -26,7 +26,7 @@ def uniform_ratio(model, form, where="linear", kept=0.5):
 
     form: LowRank(kept=1), MPO(order=3), TensorTrain(order=2), Kronecker(right=(2, 2)): its kind and modes; its size is set here
     where: as in Rule.where; kept: share of the numbers of all matrices that `where` claims
-    Returns: Recipe, with the largest share that stays within the budget (shares go in steps of 1e-6)
+    Returns: Recipe that spends as much of the budget as one share for all allows (shares go in steps of 1e-6)
     Raises: RecipeError for a budget outside (0, 1), or below the smallest forms, with what these take
     Exact: the numbers kept are at most kept * dense.
     """
@@ -117,7 +117,7 @@ def _by_share(name, form, shapes, kept, shares):
 
 
 def _tuned(name, shapes, kept, forms, most):
-    """The recipe of forms(k) for the largest k in 1..most within the budget; a k too small for some matrix is no choice.
+    """The recipe of forms(k) for the k in 1..most that spends most of the budget; a k too small for some matrix is no choice.
 
     A matrix that would not become smaller, or that forms(k) leaves out, stays dense.
     """
@@ -145,7 +145,10 @@ def _tuned(name, shapes, kept, forms, most):
             "choose another form."
         )
     best = largest(lambda k: k <= least or total(k) <= kept * dense, most, name)
-    return _recipe(name, smaller(best), kept)
+    spent = total(best)
+    if total(least) < spent:  # of all k that come to the same, the smallest: a share is then near what it keeps
+        least = largest(lambda k: k <= least or total(k) < spent, most, name) + 1
+    return _recipe(name, smaller(least), kept)
 
 
 def _saved(form, shape):
