@@ -18,7 +18,7 @@ def drop_blocks(model, parameters):
     Source: Sanh et al. 2019, DistilBERT, initialized from every second layer. Exact: with all parameters it is the model.
     """
     student = copy.deepcopy(model)
-    name, blocks = _stack(student)
+    name, blocks = block_stack(student, "drop_blocks")
     each = sum(p.numel() for p in blocks[0].parameters())
     kept = len(blocks) - max(0, math.ceil((sum(p.numel() for p in model.parameters()) - parameters) / each))
     if kept < 2:
@@ -39,13 +39,16 @@ def drop_blocks(model, parameters):
     return student
 
 
-def _stack(model):
-    """Name and modules of the one nn.ModuleList that holds as many equal blocks as the config says."""
+def block_stack(model, where):
+    """Name and modules of the one nn.ModuleList that holds as many equal blocks as the config says.
+
+    Raises: ShapeError, with `where`, for a model that has none or several, as an encoder and a decoder are
+    """
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if len(found) != 1 or getattr(model.config, "is_encoder_decoder", False):
         raise ShapeError(
-            f"drop_blocks: {type(model).__name__} has {len(found)} stacks of {layers} blocks; needed exactly one. "
-            "Remove its blocks by hand."
+            f"{where}: {type(model).__name__} has {len(found)} stacks of {layers} blocks; needed exactly one. "
+            "Take a model of one stack, such as GPT-2 or Llama, or treat its blocks by hand."
         )
     return found[0]

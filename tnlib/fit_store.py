@@ -23,8 +23,8 @@ class FitStore:
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        texts = [tensor for text in (self.windows, self.held_out) for tensor in _tensors(text)]
-        object.__setattr__(self, "text", _digest([*self.teacher.state_dict().values(), *texts], self.settings))
+        texts = [tensor for text in (self.windows, self.held_out) for tensor in moment_tensors(text)]
+        object.__setattr__(self, "text", digest([*self.teacher.state_dict().values(), *texts], self.settings))
 
     def load(self, job):
         """The Found of an earlier run, None where there is none. Raises: ValueError for another run's."""
@@ -57,18 +57,18 @@ class FitStore:
 
     def _fingerprint(self, job):
         forms = [str(part.form) for part in job.parts]
-        return _digest([f for part in job.parts for f in part.operands.values()], [self.text, job.names, forms])
+        return digest([f for part in job.parts for f in part.operands.values()], [self.text, job.names, forms])
 
 
-def _tensors(text):
-    """What a text is known by: its windows, or the tensors of its moments."""
+def moment_tensors(text):
+    """What a text is known by: its windows, or the tensors of its moments; nothing for None."""
     if isinstance(text, dict):
         parts = [getattr(use, name) for use in text.values() if use for name in ("mean", "second", "counts")]
         return [part for part in parts if part is not None]
     return [] if text is None else [text]
 
 
-def _digest(tensors, facts):
+def digest(tensors, facts):
     """Fingerprint of tensors, bit for bit, and of plain facts."""
     total = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for tensor in tensors:

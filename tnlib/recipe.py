@@ -130,12 +130,17 @@ class Recipe:
 
 
 def _plain(rule):
-    given = {f.name: getattr(rule.form, f.name) for f in fields(rule.form) if getattr(rule.form, f.name) != f.default}
-    return asdict(rule) | {"form": {"kind": type(rule.form).__name__, **given}}
+    return asdict(rule) | {"form": form_to_dict(rule.form)}
+
+
+def form_to_dict(form):
+    """A form as plain data: its kind and what differs from the defaults; form_from_dict gives it back."""
+    given = {f.name: getattr(form, f.name) for f in fields(form) if getattr(form, f.name) != f.default}
+    return {"kind": type(form).__name__, **given}
 
 
 def _rule(data):
-    return data if isinstance(data, Rule) else _build(Rule, {**data, "form": _form(data.get("form"))})
+    return data if isinstance(data, Rule) else _build(Rule, {**data, "form": form_from_dict(data.get("form"))})
 
 
 def _build(kind, data):
@@ -151,7 +156,8 @@ def _tuples(value):
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _form(data):
+def form_from_dict(data):
+    """The form again; a Form passes. Raises: RecipeError on an unknown kind or field, with the known ones."""
     if isinstance(data, Form):
         return data
     kind = (data or {}).get("kind")
