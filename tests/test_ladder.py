@@ -9,10 +9,10 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "hub"],
     ["form", "data", "teacher", "encode", "score"],
-    ["van_loan", "token_file", "tasks", "predict"],
+    ["van_loan", "token_file", "tasks", "predict", "rouge", "summaries"],
     ["arrange"],
     ["permute"],
     ["low_rank", "kronecker", "tensor_train"],

@@ -44,7 +44,11 @@ _PUBLIC = {
     "encode": ["encode_task"],
     "predict": ["predict"],
     "score": ["compare_scores", "score"],
-    "evaluate": ["compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "perplexity", "size"],
+    "compare": ["compare"],
+    "evaluate": ["flops_per_token", "kl_to_teacher", "latency", "perplexity", "size"],
+    "generate": ["generate"],
+    "rouge": ["compare_rouge", "rouge"],
+    "summaries": ["lead", "load_pairs", "summarize"],
     "explore": ["Explorer", "bit_explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
 }
