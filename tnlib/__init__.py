@@ -49,6 +49,7 @@ _PUBLIC = {
     "generate": ["generate"],
     "rouge": ["compare_rouge", "rouge"],
     "summaries": ["lead", "load_pairs", "summarize"],
+    "speed": ["compare_speed"],
     "explore": ["Explorer", "bit_explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
 }
