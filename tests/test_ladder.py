@@ -10,7 +10,7 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
     ["form", "data", "teacher", "encode", "score"],
     ["van_loan", "token_file", "tasks", "predict", "rouge", "summaries"],
     ["arrange"],

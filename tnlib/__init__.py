@@ -50,6 +50,7 @@ _PUBLIC = {
     "rouge": ["compare_rouge", "rouge"],
     "summaries": ["lead", "load_pairs", "summarize"],
     "speed": ["compare_speed"],
+    "harness": ["harness"],
     "explore": ["Explorer", "bit_explorer", "fit_explorer"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
 }
