@@ -13,13 +13,13 @@ from tnlib.evaluate import (
     Comparison,
     compare,
     flops_per_token,
-    generate,
     kl_to_teacher,
     latency,
     peak_memory_mb,
     perplexity,
     size,
 )
+from tnlib.generate import generate
 
 VOCAB = 97
 
@@ -54,6 +54,35 @@ def test_uniform_model_has_perplexity_of_the_vocabulary(stride):
     found = perplexity(Table(torch.zeros(VOCAB, VOCAB)), tokens(5, 8), stride=stride)
     assert found.value == pytest.approx(VOCAB, rel=1e-6)  # float32 cross-entropy
     assert found.stderr == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("stride", [None, 3, 1])
+def test_accuracy_is_the_share_of_arg_max_right(stride):
+    """Logits by hand: token t is followed by t + 1, which the model knows of even t only; of t = 8 it has two equal ones."""
+    table = torch.zeros(VOCAB, VOCAB)
+    table[range(VOCAB - 1), [t + 1 if t % 2 == 0 else 0 for t in range(VOCAB - 1)]] = 5.0
+    table[8, 3] = 5.0  # as large as the one of token 9: the first counts
+    found = perplexity(Table(table), torch.arange(33), context=11, stride=stride)
+    scored = [
+        t for t in range(1, 33) if stride is not None or t % 11
+    ]  # disjoint windows cannot predict their first token
+    right = [t % 2 == 1 and t != 9 for t in scored]
+    assert found.tokens == len(scored)
+    assert found.accuracy == pytest.approx(sum(right) / len(right))
+    if stride is None:
+        shares = torch.tensor(right, dtype=torch.double).view(3, 10).mean(1)
+        assert found.accuracies == pytest.approx(shares.tolist())
+        assert found.accuracy_stderr == pytest.approx(shares.std().item() / math.sqrt(3))
+
+
+def test_agreement_is_the_share_of_one_arg_max():
+    student, teacher = torch.eye(VOCAB), torch.eye(VOCAB)
+    teacher[5] = teacher[6]  # they differ on what follows token 5, and nowhere else
+    ids = torch.tensor([[5, 1, 5, 2], [3, 4, 6, 5], [7, 8, 9, 10]])
+    found = kl_to_teacher(Table(student), Table(teacher), ids)
+    assert found.agreement == pytest.approx(9 / 12)
+    assert found.agreement_stderr == pytest.approx(torch.tensor([0.5, 0.75, 1.0]).std().item() / math.sqrt(3))
+    assert kl_to_teacher(Table(student), Table(student), ids).agreement == 1
 
 
 def test_one_window_equals_the_models_own_loss():

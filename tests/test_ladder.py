@@ -9,10 +9,10 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose"],
+    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
     ["form", "data", "teacher", "encode", "score", "checkpoint_files"],
-    ["van_loan", "sweeps", "token_file", "tasks", "predict"],
+    ["van_loan", "sweeps", "token_file", "tasks", "predict", "rouge", "summaries"],
     ["arrange"],
     ["permute"],
     ["low_rank", "kronecker", "tensor_train"],

@@ -55,6 +55,12 @@ class Latency:
     high_ms: float  # 75 %
     repeats: int
 
+    @classmethod
+    def of(cls, times):
+        """Of two or more times in ms."""
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(median_ms=median, low_ms=low, high_ms=high, repeats=len(times))
+
     def __str__(self):
         return f"{self.median_ms:.3g} ms ({self.low_ms:.3g} to {self.high_ms:.3g}, {self.repeats} runs)"
 
@@ -132,16 +138,17 @@ def latency(fn, repeats=20, warmup=3):
     """
     if repeats < 2:
         raise ValueError(f"latency: repeats {repeats}; needed at least 2 for quartiles")
+    return Latency.of([elapsed_ms(fn) for _ in range(warmup + repeats)][warmup:])
+
+
+def elapsed_ms(fn):
+    """Wall-clock time of one fn() in ms, the accelerator waited for before and after."""
     wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
-    times = []
-    for _ in range(warmup + repeats):
-        wait()
-        start = time.perf_counter()
-        fn()
-        wait()
-        times.append(1e3 * (time.perf_counter() - start))
-    low, median, high = statistics.quantiles(times[warmup:], n=4, method="inclusive")
-    return Latency(median_ms=median, low_ms=low, high_ms=high, repeats=repeats)
+    wait()
+    start = time.perf_counter()
+    fn()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def peak_memory_mb():

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, divergence from its teacher, text; each estimate with its error bar.
+"""What a model is worth: perplexity, next-word accuracy, divergence from its teacher; each estimate with its error bar.
 
 The measures of what it costs are in cost.py and can be imported from here too.
 """
@@ -10,13 +10,22 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from scipy.special import stdtrit
 
+from tnlib.compare import Comparison, compare
 from tnlib.cost import flops_per_token, latency, peak_memory_mb, size
 from tnlib.modes import eval_mode
 from tnlib.windows import check_windows
 
-__all__ = ["Comparison", "Divergence", "Perplexity", "compare", "flops_per_token", "generate", "kl_to_teacher", "latency", "peak_memory_mb"]
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "Perplexity",
+    "compare",
+    "flops_per_token",
+    "kl_to_teacher",
+    "latency",
+    "peak_memory_mb",
+]
 __all__ += ["perplexity", "size"]
 
 
@@ -24,18 +33,23 @@ __all__ += ["perplexity", "size"]
 class Perplexity:
     """exp(nll) on `tokens` predicted tokens; stderr is the standard error of `value` over windows.
 
+    accuracy: share of the same tokens that are the arg max of their logits, with its standard error over windows
     losses: nats per token of each window. Two models are compared by the differences of theirs: what a window itself
         adds, the largest part of stderr, cancels
+    accuracies: accuracy in each window, to be compared in the same way
     """
 
     value: float
     stderr: float
     nll: float  # nats per token
+    accuracy: float
+    accuracy_stderr: float
     tokens: int
     windows: int
     context: int
     stride: int
     losses: tuple = field(default=(), repr=False)
+    accuracies: tuple = field(default=(), repr=False)
 
     def __str__(self):
         how = f"{self.tokens:,} tokens, context {self.context}, stride {self.stride}"
@@ -44,10 +58,12 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Mean forward KL(teacher || student) in nats per token; stderr over windows."""
+    """Mean forward KL(teacher || student) in nats per token; agreement, the share of tokens with one arg max for both."""
 
     value: float
-    stderr: float
+    stderr: float  # over windows
+    agreement: float
+    agreement_stderr: float
     tokens: int
     windows: int
 
@@ -55,39 +71,8 @@ class Divergence:
         return f"{self.value:.4g} ± {self.stderr:.2g} nats per token ({self.tokens:,} tokens)"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Difference of two models' losses over the same windows: mean, its standard error, and what may be said of it."""
-
-    value: float  # nats per token
-    stderr: float
-    verdict: str  # "lower", "higher" or "no different"
-
-    def __str__(self):
-        return f"{self.value:+.3f} ± {self.stderr:.3f} nats ({self.verdict})"
-
-
-def compare(losses, base, level=0.05):
-    """Whether a model's loss is lower or higher than another's, from their losses on the same windows.
-
-    losses, base: nats per token of each window, as in Perplexity.losses; level: of the two-sided paired t test
-    Returns: Comparison
-    Raises: ValueError for fewer than two windows, or unequal numbers of them
-    Source: Student 1908. Exact: compare(x, x) is zero and "no different".
-    """
-    if len(losses) != len(base) or len(base) < 2:
-        raise ValueError(
-            f"compare: {len(losses)} and {len(base)} windows; needed the same windows, at least two. Evaluate both models on them."
-        )
-    gap = torch.tensor(list(losses), dtype=torch.float64) - torch.tensor(list(base), dtype=torch.float64)
-    value, stderr = float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
-    clear = abs(value) > stdtrit(len(gap) - 1, 1 - level / 2) * stderr
-    verdict = "no different" if not clear else "lower" if value < 0 else "higher"
-    return Comparison(value=value, stderr=stderr, verdict=verdict)
-
-
 def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=None, progress=False):
-    """Perplexity of a causal language model: exp of the mean next-token NLL over all predicted tokens.
+    """Perplexity of a causal language model, exp of the mean next-token NLL over all predicted tokens, and its accuracy on them.
 
     windows: (windows, context) int64 or int32, as from token_windows; or a stream (tokens,), which then needs `context`
     stride: tokens from one window to the next. None or context: disjoint windows, each predicting context - 1 tokens.
@@ -96,44 +81,51 @@ def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=N
     Returns: Perplexity; stderr by the delta method with windows as clusters, tokens of a window not being independent
     Raises: ValueError for a stream shorter than one window, ids or context beyond the model's, or an NLL not finite
     Source: windows as in Hugging Face's guide "Perplexity of fixed-length models". On one window equal to exp(loss).
+        Of equal logits the first is the arg max: a uniform model is right where the next token is 0.
     """
     stream, starts, first, context = _windows(windows, context, stride)
     starts, first = starts[:max_windows], first[:max_windows]
     check_windows("perplexity", model, stream, context)
-    sums = []
+    sums, hits = [], []
     with _evaluating(model):
         for some in _progress(torch.arange(len(starts)).split(batch), progress, "perplexity"):
             ids = stream[starts[some, None] + torch.arange(context)]  # (batch, context)
             for row, target, begin in zip(_logits(model, ids), ids, first[some].tolist()):
                 scored = row[begin - 1 : -1].float()  # (context - begin, vocabulary)
-                sums.append(F.cross_entropy(scored, target[begin:].to(row.device).long(), reduction="sum"))
-    sums = _finite(sums, model, "perplexity")
+                target = target[begin:].to(row.device).long()  # (context - begin,)
+                sums.append(F.cross_entropy(scored, target, reduction="sum"))
+                hits.append((scored.argmax(-1) == target).sum())
+    sums, hits = _finite(sums, model, "perplexity"), torch.stack(hits).double().cpu()
     nll, stderr = _mean(sums, context - first)
+    accuracy, accuracy_stderr = _mean(hits, context - first)
     value = math.exp(min(nll, 700.0))  # exp overflows at 710
     return Perplexity(
         value=value,
         stderr=value * stderr,
         nll=nll,
+        accuracy=accuracy,
+        accuracy_stderr=accuracy_stderr,
         tokens=int((context - first).sum()),
         windows=len(starts),
         context=context,
         stride=context if stride is None else stride,
         losses=tuple((sums / (context - first)).tolist()),
+        accuracies=tuple((hits / (context - first)).tolist()),
     )
 
 
 def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress=False):
-    """Mean KL(teacher || student) of the next-token distributions, over every position of every window.
+    """Mean KL(teacher || student) of the next-token distributions, and how often their arg max is one, over every position.
 
     windows: (windows, context) int64 or int32
     Returns: Divergence in nats per token, stderr over windows
     Raises: ValueError if the vocabularies differ, ids or context are beyond the models', or a KL is not finite
-    Source: Hinton et al. 2015, at temperature 1. Zero for a model against itself.
+    Source: Hinton et al. 2015, at temperature 1; agreement as in Stanton et al. 2021. Of a model with itself: 0 and 1.
     """
     windows = windows[:max_windows]
     check_windows("kl_to_teacher, student", student, windows)
     check_windows("kl_to_teacher, teacher", teacher, windows)
-    sums = []
+    sums, hits = [], []
     with _evaluating(student), _evaluating(teacher):
         for ids in _progress(windows.split(batch), progress, "KL to teacher"):
             ours, theirs = _logits(student, ids), _logits(teacher, ids)  # (batch, context, vocabulary)
@@ -143,30 +135,20 @@ def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress
                     "context, vocabulary); needed one vocabulary. Take the teacher the student was made from"
                 )
             for row, wanted in zip(ours, theirs):
+                hits.append((row.argmax(-1) == wanted.to(row.device).argmax(-1)).sum())
                 wanted = wanted.to(row.device).float().log_softmax(-1)
                 sums.append(F.kl_div(row.float().log_softmax(-1), wanted, reduction="sum", log_target=True))
     counts = torch.full((len(windows),), windows.shape[1])
     value, stderr = _mean(_finite(sums, student, "kl_to_teacher"), counts)
-    return Divergence(value=value, stderr=stderr, tokens=windows.numel(), windows=len(windows))
-
-
-def generate(model, tokenizer, prompt, max_new_tokens=40, chat=False):
-    """Greedy continuation of `prompt`, without the prompt.
-
-    chat: put the prompt through the tokenizer's chat template as the user's turn
-    Returns: str
-    Source: transformers' generate, do_sample=False. The same call returns the same text.
-    """
-    if chat:
-        turn = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with _evaluating(model):
-        inputs = inputs.to(_device(model))
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    agreement, agreement_stderr = _mean(torch.stack(hits).double().cpu(), counts)
+    return Divergence(
+        value=value,
+        stderr=stderr,
+        agreement=agreement,
+        agreement_stderr=agreement_stderr,
+        tokens=windows.numel(),
+        windows=len(windows),
+    )
 
 
 def _windows(windows, context, stride):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tnlib.data import load_reviews
+from tnlib.hub import hub_rows
 from tnlib.wheel import AssetError
 
 SPLITS = ("train", "validation", "test")
@@ -26,6 +27,7 @@ CLASSES = {  # by hub configuration, in the hub's order
     "qnli": ("entailment", "not_entailment"),
     "mnli": ("entailment", "neutral", "contradiction"),
 }
+INSTEAD = "give load_task a folder, or use rotten-tomatoes"  # of the hub
 NAMES = ("rotten-tomatoes", *GLUE, "atis-intents", "atis-slots")
 
 
@@ -121,7 +123,7 @@ def _glue(name, split, folder):
     configuration, suffix, columns, on_hub, label = GLUE[name]
     names = CLASSES[configuration]
     if folder is None:
-        rows = _hub_rows("nyu-mll/glue", configuration, "train" if split == "train" else f"validation{suffix}")
+        rows = hub_rows("nyu-mll/glue", configuration, "train" if split == "train" else f"validation{suffix}", INSTEAD)
         rows = [(*(row[column] for column in on_hub), row["label"]) for row in rows]
     else:
         path = folder / ("train.tsv" if split == "train" else f"dev{suffix}.tsv")
@@ -175,7 +177,7 @@ def _atis_rows(split, folder):
     if folder is None and split == "validation":
         raise ValueError(f"{where}: the hub has train and test only; needed a folder with dev. Give it, or cut train.")
     if folder is None:
-        columns = [[row[file] for row in _hub_rows("tuetschek/atis", None, split)] for file in files]
+        columns = [[row[file] for row in hub_rows("tuetschek/atis", None, split, INSTEAD)] for file in files]
     else:
         where, files = folder / {"validation": "dev"}.get(split, split), ("seq.in", "seq.out", "label")
         columns = [_lines(where / file) for file in files]
@@ -204,17 +206,3 @@ def _lines(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"file {path}: byte {error.start} is not UTF-8; needed UTF-8, save it as that") from None
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
-
-
-def _hub_rows(repository, configuration, split):
-    """Rows of a hub data set."""
-    try:
-        import datasets
-
-        return list(datasets.load_dataset(repository, configuration, split=split))
-    except Exception as error:  # datasets, the hub client, httpx and the file system each raise their own
-        reason = next(iter(str(error).splitlines()), "")
-        raise AssetError(
-            f"task data {repository}, configuration {configuration}, split {split!r}: the hub gave {type(error).__name__}: "
-            f"{reason}. Needed: a network that reaches the Hugging Face hub; else give load_task a folder, or use rotten-tomatoes"
-        ) from error
