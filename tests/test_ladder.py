@@ -12,7 +12,7 @@ RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant"],
     ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing"],
     ["form", "data", "teacher", "encode", "score"],
-    ["van_loan", "token_file", "tasks", "predict"],
+    ["van_loan", "sweeps", "token_file", "tasks", "predict"],
     ["arrange"],
     ["permute"],
     ["low_rank", "kronecker", "tensor_train"],

@@ -11,6 +11,7 @@ _PUBLIC = {
     "low_rank": ["LowRank", "low_rank", "low_rank_errors"],
     "kronecker": ["Kronecker", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"],
     "permute": ["noise_like", "permutation_gain", "permute_kronecker"],
+    "sweeps": ["als"],
     "tensor_train": ["TensorTrain", "tt_svd"],
     "tt_matrix": ["MPO", "TTMatrix", "ttm_svd"],
     "layers": ["FactorizedEmbedding", "FactorizedLinear", "SplitLinear"],

@@ -31,7 +31,8 @@ class Rule:
     where: a pattern of module names in which `*` is a block number, several of them, or a role (see families.py): "mlp",
         "attention", "linear", "embedding", "q", "k", "v", "qkv", "o", "gate", "up", "down", "pooler"
     blocks: "all", "odd", "even" (block numbers from 0) or a tuple of block numbers
-    init: "svd", "random", "scratch" (see FactorizedLinear.from_dense), or what the form offers ("norm", "prune" for Kronecker)
+    init: "svd", "random", "scratch" (see FactorizedLinear.from_dense), or what the form offers ("norm", "prune" for
+        Kronecker, "als" for TensorTrain and TTMatrix)
     split: factorize this many equal bands of the outputs each on its own (3 for a fused q, k, v)
     head: what becomes of an output head tied to this embedding: "tied" shares the factors, "dense" keeps the old matrix
     """

@@ -15,6 +15,7 @@ from tnlib.contract import Plan
 from tnlib.form import Form, as_it_is, check_kept, largest, positive, refuse_init, relative
 from tnlib.shapes import ShapeError, balanced_modes, check_weight
 from tnlib.spectrum import truncate
+from tnlib.sweeps import als
 
 
 class TensorTrainFit(NamedTuple):
@@ -57,6 +58,15 @@ def tt_svd(tensor, max_rank=None, tolerance=0.0, ranks=None, batch_dims=0):
             rest, column, last = step.left, step.rank, last - 1
     cores[first] = rest.reshape(*batch, row, modes[first], column)
     return _finish(cores, cut)
+
+
+def best_train(where, tensor, ranks, init, batch_dims):
+    """TT-SVD of `tensor`, and for init="als" the sweeps that improve it: cores, relative error (…,)."""
+    refuse_init(where, init, ("svd", "als"))
+    fit = tt_svd(tensor, ranks=ranks, batch_dims=batch_dims)
+    if init == "als":
+        fit = als(fit.cores, tensor, batch_dims=batch_dims)
+    return fit.cores, fit.error
 
 
 def _finish(cores, cut):
@@ -225,11 +235,11 @@ class TensorTrain(_Train):
         return {f"core{k}": (self.ranks[k], n, self.ranks[k + 1]) for k, n in enumerate(self._modes())}
 
     def decompose(self, weight, init="svd", generator=None):
-        """weight (…, out, in) -> cores by name, relative error (…,)."""
-        refuse_init("TensorTrain", init, ("svd",))
+        """weight (…, out, in) -> cores by name, relative error (…,). init: 'svd' (TT-SVD), 'als' (that, then sweeps)."""
         batch = weight.shape[:-2]
-        fit = tt_svd(weight.mT.reshape(*batch, *self._modes()), ranks=self.ranks, batch_dims=len(batch))
-        return self._named(fit.cores), fit.error
+        tensor = weight.mT.reshape(*batch, *self._modes())
+        cores, error = best_train("TensorTrain", tensor, self.ranks, init, len(batch))
+        return self._named(cores), error
 
     def _halves(self, factors):
         cores = names(factors)

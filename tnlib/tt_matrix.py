@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from tnlib.contract import Plan
-from tnlib.form import as_it_is, measured_error, refuse_init
+from tnlib.form import as_it_is, measured_error
 from tnlib.shapes import ShapeError, check_weight, padded_modes
-from tnlib.tensor_train import TensorTrainFit, _Train, merge_left, merge_right, names, tt_svd
+from tnlib.tensor_train import _Train, best_train, merge_left, merge_right, names, tt_svd
 
 
 def ttm_svd(weight, out_modes, in_modes, max_rank=None, tolerance=0.0, ranks=None):
@@ -32,14 +32,18 @@ def ttm_svd(weight, out_modes, in_modes, max_rank=None, tolerance=0.0, ranks=Non
             "needed equally many modes whose products are the two sizes. Use balanced_modes(size, order)."
         )
     batch = weight.dim() - 2
-    tensor = _interleave(weight, out_modes, in_modes)  # (…, o_1*i_1, …, o_d*i_d)
+    tensor = interleave(weight, out_modes, in_modes)  # (…, o_1*i_1, …, o_d*i_d)
     fit = tt_svd(tensor, max_rank, tolerance, ranks, batch_dims=batch)
-    cores = [core.unflatten(-2, (o, i)) for core, o, i in zip(fit.cores, out_modes, in_modes)]
-    return TensorTrainFit(cores, fit.ranks, fit.error, fit.discarded)
+    return fit._replace(cores=_paired(fit.cores, out_modes, in_modes))
 
 
-def _interleave(weight, out_modes, in_modes):
-    """(…, out, in) -> (…, o_1*i_1, …, o_d*i_d)."""
+def _paired(cores, out_modes, in_modes):
+    """Cores (…, r, o*i, r') as (…, r, o, i, r')."""
+    return [core.unflatten(-2, (o, i)) for core, o, i in zip(cores, out_modes, in_modes)]
+
+
+def interleave(weight, out_modes, in_modes):
+    """The tensor that a TT-matrix is a train of: (…, out, in) -> (…, o_1*i_1, …, o_d*i_d)."""
     d, batch = len(out_modes), weight.dim() - 2
     split = weight.reshape(*weight.shape[:batch], *out_modes, *in_modes)  # (…, o_1..o_d, i_1..i_d)
     order = [axis for k in range(d) for axis in (batch + k, batch + d + k)]
@@ -82,13 +86,13 @@ class TTMatrix(_Train):
         return {f"core{k}": (self.ranks[k], o, i, self.ranks[k + 1]) for k, (o, i) in enumerate(pairs)}
 
     def decompose(self, weight, init="svd", generator=None):
-        """weight (…, out, in) -> cores by name, relative error (…,)."""
-        refuse_init("TTMatrix", init, ("svd",))
+        """weight (…, out, in) -> cores by name, relative error (…,). init: 'svd' (TT-SVD), 'als' (that, then sweeps)."""
         padded = F.pad(weight, (0, 0, 0, math.prod(self.out_modes) - weight.shape[-2]))  # (…, product of out_modes, in)
-        fit = ttm_svd(padded, self.out_modes, self.in_modes, ranks=self.ranks)
-        factors = self._named(fit.cores)
+        tensor = interleave(padded, self.out_modes, self.in_modes)  # (…, o_1*i_1, …, o_d*i_d)
+        cores, error = best_train("TTMatrix", tensor, self.ranks, init, weight.dim() - 2)
+        factors = self._named(_paired(cores, self.out_modes, self.in_modes))
         if padded.shape == weight.shape:
-            return factors, fit.error
+            return factors, error
         return factors, measured_error(weight, self.to_dense(factors, weight.shape[-2:]))  # padding rows do not count
 
     def _split(self):
