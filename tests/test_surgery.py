@@ -117,7 +117,7 @@ def test_nan_in_the_last_matrix_leaves_the_whole_model_untouched():
 
 def test_an_interruption_half_way_leaves_the_model_as_it_was(monkeypatch):
     model, built = tiny("llama"), []
-    build = tnlib.surgery._build
+    build = tnlib.surgery.build_layer
 
     def interrupted(*args):
         if len(built) == 3:
@@ -125,7 +125,7 @@ def test_an_interruption_half_way_leaves_the_model_as_it_was(monkeypatch):
         built.append(build(*args))
         return built[-1]
 
-    monkeypatch.setattr(tnlib.surgery, "_build", interrupted)
+    monkeypatch.setattr(tnlib.surgery, "build_layer", interrupted)
     before = logits(model, IDS)
     with pytest.raises(KeyboardInterrupt):
         factorize_(model, recipe(LowRank(rank=2), "mlp"))

@@ -24,6 +24,8 @@ _PUBLIC = {
     "plan": ["plan", "report"],
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
+    "stream": ["factorize_folder"],
+    "streamed": ["load_factorized"],
     "quantize": ["fake_quantize_", "quantize_"],
     "quantized_size": ["quantized_size"],
     "torchao_kernels": ["use_torchao_"],

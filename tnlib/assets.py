@@ -116,7 +116,7 @@ def load_tokenizer(name, **kwargs):
 
 def weight_names(name):
     """Sorted names of all tensors stored for `name`; a tied weight appears once."""
-    return sorted(_weight_files(fetch(name)))
+    return sorted(weight_files(fetch(name)))
 
 
 def load_weight(name, key):
@@ -130,7 +130,7 @@ def load_weight(name, key):
     """
     from safetensors import safe_open
 
-    files = _weight_files(fetch(name))
+    files = weight_files(fetch(name))
     if key not in files:
         close = difflib.get_close_matches(key, files, n=3, cutoff=0.4) or sorted(files)[:3]
         raise AssetError(
@@ -141,7 +141,7 @@ def load_weight(name, key):
         return file.get_tensor(key)
 
 
-def _weight_files(path):
+def weight_files(path):
     """Dict from tensor name to the safetensors file that holds it."""
     from safetensors import safe_open
 

@@ -133,10 +133,10 @@ def weights(model):
     for module in model.modules():
         if hasattr(module, "reshard"):  # FSDP leaves some whole after a forward, in memory that it frees later
             module.reshard()
-    return {name: _whole(tensor.detach()).contiguous() for name, tensor in _own(model).items()}
+    return {name: _whole(tensor.detach()).contiguous() for name, tensor in own_tensors(model).items()}
 
 
-def _own(model):
+def own_tensors(model):
     kept = model.state_dict().keys()
     return dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
@@ -167,7 +167,7 @@ def load_weights_(model, path):
 
 def put_weights_(model, saved, where):
     """load_weights_ from tensors by name."""
-    own = _own(model)
+    own = own_tensors(model)
     if {n: tuple(t.shape) for n, t in own.items()} != {n: tuple(t.shape) for n, t in saved.items()}:
         odd = sorted(set(own) ^ set(saved)) or [n for n in own if own[n].shape != saved[n].shape]
         raise ValueError(

@@ -18,7 +18,8 @@ def factorize_(model, recipe, *, seed=0, progress=None):
     """Replace every module that the recipe claims by its factorized layer, in place; returns None.
 
     Everything is checked first (rules, shapes, finite weights), every new layer is built next, and only then are modules
-    swapped: an error or an interruption leaves the model as it was.
+    swapped: an error or an interruption leaves the model as it was. So dense and new layers are held at once; where there is no
+    room for both, factorize_folder works from the disk.
     Tied weights stay tied: a head or a second embedding that shares a claimed table shares its factors afterwards (rule
     head="tied"), or keeps the old matrix (head="dense"); anything else that shares it is refused.
     seed: for random initializations; progress: a bar over modules (default: only on a terminal)
@@ -88,7 +89,7 @@ def _all_built(claims, seed):
 
     def build(numbered):
         number, (_, module, rule) = numbered
-        return _build(module, rule, torch.Generator().manual_seed(seed * 1_000_003 + number))
+        return build_layer(module, rule, seed, number)
 
     try:
         yield from zip(claims, pool.map(build, enumerate(claims)))
@@ -97,7 +98,9 @@ def _all_built(claims, seed):
         torch.set_num_threads(threads)  # a thread's setting is also what new threads start with
 
 
-def _build(module, rule, generator):
+def build_layer(module, rule, seed, number):
+    """The layer that replaces a dense module; `number` is its place among the modules claimed, part of the random seed."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     kind = FactorizedEmbedding if isinstance(module, nn.Embedding) else FactorizedLinear
     if rule.split > 1:
         return SplitLinear.from_dense(module, rule.form, rule.init, generator, rule.split)

@@ -1,0 +1,244 @@
+"""Factorize a checkpoint on disk, one matrix after the other, on a machine that could not hold the model.
+
+    tn.factorize_folder("llama-2-7b", tn.papers["compactifai"], "llama-2-7b-mpo")
+    model = tn.load_factorized("llama-2-7b-mpo")
+
+The model is built without weights, factorized so, and says which tensors the result has; each is then read, or decomposed from
+the one matrix that it comes from, and written. Memory: one matrix while it is decomposed, and one shard of the result.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from tnlib.assets import fetch, weight_files
+from tnlib.recipe import match
+from tnlib.records import write_atomic
+from tnlib.resume import own_tensors
+from tnlib.shapes import check_weight, weight_of
+from tnlib.streamed import FACTS, skeleton_of
+from tnlib.surgery import build_layer, factorize_
+
+INDEX = "model.safetensors.index.json"
+BESIDE = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configuration and tokenizer
+
+
+def factorize_folder(folder, recipe, out, *, seed=0, shard_mb=256, progress=None):
+    """Write to `out` what factorize_(model, recipe, seed=seed) makes of the checkpoint in `folder`; returns None.
+
+    folder: a transformers checkpoint in safetensors, one file or shards (or an asset's or hub name, as in fetch). It is only read
+    out: a new folder: shards of at most `shard_mb` MB (more where one matrix is larger), their index, configuration and
+        tokenizer files, and the recipe and the errors of all layers in tnlib.json. Read it with load_factorized
+    shard_mb: also the unit of resuming: a call that was killed goes on, in `out`.part, with the first shard that is missing
+    progress: a bar over tensors (default: only on a terminal)
+    Tensors are decomposed in float32 and stored in the type that they had. What the model does not know is left out.
+    Raises: RecipeError and ShapeError as factorize_, naming recipe and module; ValueError for a damaged or incomplete
+        checkpoint, and for an `out` that is another one; OSError where it cannot be written
+    Exact: load_factorized(out) has bit for bit the tensors that factorize_ leaves in memory.
+    """
+    source, out = fetch(folder), Path(out)
+    files = _checked(source)
+    facts = {"recipe": recipe.to_dict(), "seed": seed, "shard_mb": shard_mb, "source": _identity(files)}
+    work = out.with_name(f"{out.name}.part")
+    if _is_there(source, out, work, facts):
+        return
+    units = _units(skeleton_of(source), recipe, files, seed)
+    shards = _shards(units, shard_mb * 1e6)
+    names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+    hide = not (sys.stderr.isatty() if progress is None else progress)
+    with tqdm(total=len(units), desc=f"factorize {recipe.name}", disable=hide) as bar:
+        for name, shard in zip(names, shards):
+            if not (work / name).exists():
+                _write_shard(work / name, shard, bar)
+            else:
+                bar.update(len(shard))
+    _finish(source, work, names, facts)
+    os.replace(work, out)
+
+
+class _Stored(NamedTuple):
+    """Where a tensor of the checkpoint is."""
+
+    path: Path
+    key: str
+    shape: tuple
+    wide: int  # bytes a number
+
+    def read(self):
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.key)
+
+
+def _checked(source):
+    """{stored name: _Stored}, every file opened once. Raises: ValueError for a missing or truncated one."""
+    files, found = weight_files(source), {}
+    for path in sorted(set(files.values())):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118, not a dictionary
+                    part = file.get_slice(key)
+                    wide = int(re.search(r"\d+", part.get_dtype())[0]) // 8  # "BF16"
+                    found[key] = _Stored(path, key, tuple(part.get_shape()), wide)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"factorize_folder: {path} cannot be read ({error}); needed a whole safetensors file. Fetch it again."
+            ) from error
+    if lost := sorted(set(files) - set(found)):
+        raise ValueError(
+            f"factorize_folder: {source / INDEX} names {len(lost)} tensors that are in no shard, {lost[0]} among them; needed an "
+            "index that fits the shards. Fetch the checkpoint again."
+        )
+    return found
+
+
+def _identity(files):
+    """Name, size and time of change of each file, to know a checkpoint again."""
+    paths = sorted({stored.path for stored in files.values()})
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def _is_there(source, out, work, facts):
+    """Whether `out` is finished already; else the facts are in `work`, ready to go on. Raises: ValueError for other work."""
+    if out.resolve() == source.resolve():
+        raise ValueError(
+            f"factorize_folder: got out={out}, the checkpoint itself; needed another folder. Choose a new one."
+        )
+    for folder in (out, work):
+        there = json.loads((folder / FACTS).read_text("utf-8")) if (folder / FACTS).exists() else None
+        if there is None and folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"factorize_folder: {folder} holds other files; needed a new folder. Choose another out=.")
+        if there is not None and {key: there[key] for key in facts} != facts:
+            odd = ", ".join(key for key in facts if there[key] != facts[key])
+            raise ValueError(
+                f"factorize_folder: {folder} is of another run (another {odd}); needed the same one to go on. Choose another out=, "
+                "or delete it."
+            )
+    if out.exists() and not any(out.iterdir()):
+        out.rmdir()
+    if not out.exists():
+        write_atomic(work / FACTS, json.dumps(facts))
+    return out.exists()
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is made at once: a tensor that stays as it is, or all tensors of a layer."""
+
+    names: dict  # {name in the module: name in the result}
+    parts: dict  # {name in the module: _Stored}
+    size: int  # bytes of the result
+    make: Callable  # parts that were read -> {name in the module: tensor}, {module: error}
+
+
+def _units(model, recipe, files, seed):
+    """All tensors of the result, in the model's order, by what they are made from; `model` is factorized, without weights."""
+    stored, claims = _stored(model, files), match(model, recipe)
+    factorize_(model, recipe, progress=False)
+    names = {id(tensor): name for name, tensor in own_tensors(model).items()}
+    units = {}  # by the first name that each has in the result
+    for number, claim in enumerate(claims):
+        parts = {part: stored[id(tensor)] for part, tensor in claim.module.named_parameters()}
+        layer = model.get_submodule(claim.name).state_dict(keep_vars=True)
+        size = sum(t.numel() * (4 if t.dtype == torch.int32 else parts["weight"].wide) for t in layer.values())
+        own = {part: names.pop(id(tensor)) for part, tensor in layer.items()}
+        units[min(own.values())] = _Unit(own, parts, size, partial(_layer, claim, recipe.name, seed, number))
+    for tensor, name in ((t, names[id(t)]) for t in own_tensors(model).values() if id(t) in names and id(t) in stored):
+        part = stored[id(tensor)]
+        units[name] = _Unit({"": name}, {"": part}, tensor.numel() * part.wide, lambda parts: (parts, {}))
+    order = {name: place for place, name in enumerate(own_tensors(model))}
+    return sorted(units.values(), key=lambda unit: min(order[name] for name in unit.names.values()))
+
+
+def _stored(model, files):
+    """{id of a parameter or buffer of the model: _Stored}; names may lack, or have, the base model's prefix.
+
+    Raises: ValueError for parameters that the checkpoint does not have, or has in another shape
+    """
+    found, prefix = {}, f"{model.base_model_prefix}."
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in files), None)
+        if key is not None and files[key].shape != tuple(tensor.shape):
+            raise ValueError(
+                f"factorize_folder: {files[key].path} has {key} {files[key].shape}; needed {tuple(tensor.shape)}, as config.json says. "
+                "Config and weights are of two models: fetch them again."
+            )
+        if key is not None:
+            found.setdefault(id(tensor), files[key])
+    if lost := [name for name, parameter in model.named_parameters() if id(parameter) not in found]:
+        raise ValueError(
+            f"factorize_folder: the checkpoint lacks {len(lost)} parameters of {type(model).__name__}, {lost[0]} among them; needed "
+            "all. Save it again with save_pretrained."
+        )
+    return found
+
+
+def _layer(claim, recipe, seed, number, parts):
+    """All tensors of the layer that replaces a dense one, by their name in it, and {module: error}."""
+    for part, tensor in parts.items():
+        setattr(claim.module, part, torch.nn.Parameter(tensor, requires_grad=False))
+    try:
+        check_weight(weight_of(claim.module), f"recipe {recipe!r}, module {claim.name}")
+        layer = build_layer(claim.module, claim.rule, seed, number)
+    finally:
+        claim.module.to("meta")
+    return {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, {claim.name: layer.error}
+
+
+def _shards(units, limit):
+    """Units in order, in groups of at most `limit` bytes; a single one may be larger."""
+    shards, size = [[]], 0
+    for unit in units:
+        if shards[-1] and size + unit.size > limit:
+            shards, size = [*shards, []], 0
+        shards[-1].append(unit)
+        size += unit.size
+    return shards
+
+
+def _write_shard(path, shard, bar):
+    """Make a shard's tensors and write them under another name, then rename. Raises: OSError when it cannot be written."""
+    tensors, errors = {}, {}
+    for unit in shard:
+        made, missed = unit.make({name: part.read() for name, part in unit.parts.items()})
+        tensors |= {unit.names[name]: tensor for name, tensor in made.items()}
+        errors |= missed
+        bar.update()
+    part = path.with_name(f"{path.name}.new")
+    try:
+        save_file(tensors, part, metadata={"format": "pt", "errors": json.dumps(errors)})
+        with part.open("r+b") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(
+            f"factorize_folder: {path} could not be written ({error}); needed room and leave to write. Make room and call again: "
+            "finished shards are not done again."
+        ) from error
+
+
+def _finish(source, work, names, facts):
+    """Index, configuration and tokenizer files beside the shards, and the errors of all layers."""
+    where, errors, size = {}, {}, 0
+    for name in names:
+        with safe_open(work / name, framework="pt") as file:
+            where |= dict.fromkeys(file.keys(), name)
+            errors |= json.loads(file.metadata()["errors"])
+        size += (work / name).stat().st_size
+    for path in source.iterdir():
+        if path.suffix in BESIDE and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, work / path.name)
+    write_atomic(work / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
+    write_atomic(work / FACTS, json.dumps(facts | {"errors": errors}, indent=1))
