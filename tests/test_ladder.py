@@ -11,7 +11,7 @@ ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant"],
     ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing"],
-    ["form", "data", "teacher", "encode", "score"],
+    ["form", "data", "teacher", "encode", "score", "checkpoint_files"],
     ["van_loan", "sweeps", "token_file", "tasks", "predict"],
     ["arrange"],
     ["permute"],

@@ -114,17 +114,26 @@ def test_the_names_of_a_bare_model_are_found_and_what_the_model_lacks_is_left_ou
 
 def test_what_lies_beside_the_weights_is_copied_and_a_finished_folder_is_left_alone(tmp_path):
     folder, out = folder_of(tmp_path, "llama"), tmp_path / "out"
+    chosen = recipe(
+        MPO(out_modes=(6, 8), in_modes=(4, 6), max_rank=3), "gate", blocks=(0, 1)
+    )  # tuples, which JSON has not
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_text("no")
-    factorize_folder(folder, HALF, out)
+    factorize_folder(folder, chosen, out)
     assert {"tokenizer.json", "config.json", "model.safetensors.index.json", "tnlib.json"} <= set(os.listdir(out))
     assert "pytorch_model.bin" not in os.listdir(out)
-    assert Recipe.from_dict(json.loads((out / "tnlib.json").read_text())["recipe"]) == HALF
+    assert Recipe.from_dict(json.loads((out / "tnlib.json").read_text())["recipe"]) == chosen
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    factorize_folder(folder, HALF, out)
+    factorize_folder(folder, chosen, out)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(ValueError, match=r"is of another run \(another seed\)"):
-        factorize_folder(folder, HALF, out, seed=1)
+        factorize_folder(folder, chosen, out, seed=1)
+
+
+def test_from_pretrained_refuses_the_folder_instead_of_drawing_weights(tmp_path):
+    factorize_folder(folder_of(tmp_path, "llama"), recipe(LowRank(rank=4), "mlp"), tmp_path / "out")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_an_interrupted_run_goes_on_and_finished_shards_are_not_done_again(tmp_path, monkeypatch):

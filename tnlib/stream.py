@@ -9,21 +9,20 @@ the one matrix that it comes from, and written. Memory: one matrix while it is d
 
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from tnlib.assets import fetch, weight_files
+from tnlib.assets import fetch
+from tnlib.checkpoint_files import INDEX, identity, stored_tensors
 from tnlib.recipe import match
 from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
@@ -31,8 +30,8 @@ from tnlib.shapes import check_weight, weight_of
 from tnlib.streamed import FACTS, skeleton_of
 from tnlib.surgery import build_layer, factorize_
 
-INDEX = "model.safetensors.index.json"
 BESIDE = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configuration and tokenizer
+GUARD = "weight"  # what transformers expects in a dense module; one number there is a shape that it refuses
 
 
 def factorize_folder(folder, recipe, out, *, seed=0, shard_mb=256, progress=None):
@@ -43,14 +42,16 @@ def factorize_folder(folder, recipe, out, *, seed=0, shard_mb=256, progress=None
         tokenizer files, and the recipe and the errors of all layers in tnlib.json. Read it with load_factorized
     shard_mb: also the unit of resuming: a call that was killed goes on, in `out`.part, with the first shard that is missing
     progress: a bar over tensors (default: only on a terminal)
-    Tensors are decomposed in float32 and stored in the type that they had. What the model does not know is left out.
+    Tensors are decomposed in float32 and stored in the type that they had. What the model does not know is left out. Each
+    replaced weight leaves one number under its name, so that from_pretrained fails there instead of drawing a random one.
     Raises: RecipeError and ShapeError as factorize_, naming recipe and module; ValueError for a damaged or incomplete
         checkpoint, and for an `out` that is another one; OSError where it cannot be written
     Exact: load_factorized(out) has bit for bit the tensors that factorize_ leaves in memory.
     """
     source, out = fetch(folder), Path(out)
-    files = _checked(source)
-    facts = {"recipe": recipe.to_dict(), "seed": seed, "shard_mb": shard_mb, "source": _identity(files)}
+    files = stored_tensors(source)
+    facts = {"recipe": recipe.to_dict(), "seed": seed, "shard_mb": shard_mb, "source": identity(files)}
+    facts = json.loads(json.dumps(facts))  # as it will be read again
     work = out.with_name(f"{out.name}.part")
     if _is_there(source, out, work, facts):
         return
@@ -65,48 +66,9 @@ def factorize_folder(folder, recipe, out, *, seed=0, shard_mb=256, progress=None
             else:
                 bar.update(len(shard))
     _finish(source, work, names, facts)
-    os.replace(work, out)
-
-
-class _Stored(NamedTuple):
-    """Where a tensor of the checkpoint is."""
-
-    path: Path
-    key: str
-    shape: tuple
-    wide: int  # bytes a number
-
-    def read(self):
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.key)
-
-
-def _checked(source):
-    """{stored name: _Stored}, every file opened once. Raises: ValueError for a missing or truncated one."""
-    files, found = weight_files(source), {}
-    for path in sorted(set(files.values())):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118, not a dictionary
-                    part = file.get_slice(key)
-                    wide = int(re.search(r"\d+", part.get_dtype())[0]) // 8  # "BF16"
-                    found[key] = _Stored(path, key, tuple(part.get_shape()), wide)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"factorize_folder: {path} cannot be read ({error}); needed a whole safetensors file. Fetch it again."
-            ) from error
-    if lost := sorted(set(files) - set(found)):
-        raise ValueError(
-            f"factorize_folder: {source / INDEX} names {len(lost)} tensors that are in no shard, {lost[0]} among them; needed an "
-            "index that fits the shards. Fetch the checkpoint again."
-        )
-    return found
-
-
-def _identity(files):
-    """Name, size and time of change of each file, to know a checkpoint again."""
-    paths = sorted({stored.path for stored in files.values()})
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    if out.exists():
+        out.rmdir()  # it was empty
+    work.rename(out)
 
 
 def _is_there(source, out, work, facts):
@@ -117,7 +79,7 @@ def _is_there(source, out, work, facts):
         )
     for folder in (out, work):
         there = json.loads((folder / FACTS).read_text("utf-8")) if (folder / FACTS).exists() else None
-        if there is None and folder.exists() and any(folder.iterdir()):
+        if there is None and any(not path.name.startswith(".") for path in folder.glob("*")):
             raise ValueError(f"factorize_folder: {folder} holds other files; needed a new folder. Choose another out=.")
         if there is not None and {key: there[key] for key in facts} != facts:
             odd = ", ".join(key for key in facts if there[key] != facts[key])
@@ -125,11 +87,10 @@ def _is_there(source, out, work, facts):
                 f"factorize_folder: {folder} is of another run (another {odd}); needed the same one to go on. Choose another out=, "
                 "or delete it."
             )
-    if out.exists() and not any(out.iterdir()):
-        out.rmdir()
-    if not out.exists():
-        write_atomic(work / FACTS, json.dumps(facts))
-    return out.exists()
+    if (out / FACTS).exists():
+        return True
+    write_atomic(work / FACTS, json.dumps(facts))
+    return False
 
 
 @dataclass(frozen=True)
@@ -137,7 +98,7 @@ class _Unit:
     """What is made at once: a tensor that stays as it is, or all tensors of a layer."""
 
     names: dict  # {name in the module: name in the result}
-    parts: dict  # {name in the module: _Stored}
+    parts: dict  # {name in the module: Stored}
     size: int  # bytes of the result
     make: Callable  # parts that were read -> {name in the module: tensor}, {module: error}
 
@@ -147,22 +108,26 @@ def _units(model, recipe, files, seed):
     stored, claims = _stored(model, files), match(model, recipe)
     factorize_(model, recipe, progress=False)
     names = {id(tensor): name for name, tensor in own_tensors(model).items()}
-    units = {}  # by the first name that each has in the result
+    units, order = [], {name: place for place, name in enumerate(names.values())}
     for number, claim in enumerate(claims):
         parts = {part: stored[id(tensor)] for part, tensor in claim.module.named_parameters()}
         layer = model.get_submodule(claim.name).state_dict(keep_vars=True)
         size = sum(t.numel() * (4 if t.dtype == torch.int32 else parts["weight"].wide) for t in layer.values())
-        own = {part: names.pop(id(tensor)) for part, tensor in layer.items()}
-        units[min(own.values())] = _Unit(own, parts, size, partial(_layer, claim, recipe.name, seed, number))
-    for tensor, name in ((t, names[id(t)]) for t in own_tensors(model).values() if id(t) in names and id(t) in stored):
-        part = stored[id(tensor)]
-        units[name] = _Unit({"": name}, {"": part}, tensor.numel() * part.wide, lambda parts: (parts, {}))
-    order = {name: place for place, name in enumerate(own_tensors(model))}
-    return sorted(units.values(), key=lambda unit: min(order[name] for name in unit.names.values()))
+        own = {part: names.pop(id(tensor)) for part, tensor in layer.items()} | {GUARD: f"{claim.name}.{GUARD}"}
+        units.append(_Unit(own, parts, size, partial(_layer, claim, recipe.name, seed, number)))
+    for tensor in own_tensors(model).values():
+        if id(tensor) in names and id(tensor) in stored:
+            part = stored[id(tensor)]
+            units.append(_Unit({"": names[id(tensor)]}, {"": part}, tensor.numel() * part.wide, _as_it_is))
+    return sorted(units, key=lambda unit: min(order.get(name, len(order)) for name in unit.names.values()))
+
+
+def _as_it_is(parts):
+    return parts, {}
 
 
 def _stored(model, files):
-    """{id of a parameter or buffer of the model: _Stored}; names may lack, or have, the base model's prefix.
+    """{id of a parameter or buffer of the model: Stored}; names may lack, or have, the base model's prefix.
 
     Raises: ValueError for parameters that the checkpoint does not have, or has in another shape
     """
@@ -193,7 +158,8 @@ def _layer(claim, recipe, seed, number, parts):
         layer = build_layer(claim.module, claim.rule, seed, number)
     finally:
         claim.module.to("meta")
-    return {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, {claim.name: layer.error}
+    made = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
+    return made | {GUARD: torch.zeros(1, dtype=parts["weight"].dtype)}, {claim.name: layer.error}
 
 
 def _shards(units, limit):
@@ -237,6 +203,8 @@ def _finish(source, work, names, facts):
             where |= dict.fromkeys(file.keys(), name)
             errors |= json.loads(file.metadata()["errors"])
         size += (work / name).stat().st_size
+    for part in work.glob("*.new"):  # of runs that were killed
+        part.unlink()
     for path in source.iterdir():
         if path.suffix in BESIDE and not path.name.endswith(".index.json"):
             shutil.copyfile(path, work / path.name)

@@ -3,7 +3,8 @@
     python tests/benchmarks/stream_memory.py [--layers 3] [--folder /tmp/llama7b_shape] [--recipe compactifai] [--shard-mb 256]
 
 The checkpoint (0.4 GB a layer and 0.5 GB of embedding and head) is written shard by shard if it is not there. The work is done
-in a fresh process, whose largest resident set is printed beside that of one that only imports; it must not grow with --layers.
+in a fresh process, whose largest resident set (Linux) is printed beside what it was after the imports; it must not grow with
+--layers.
 """
 
 import argparse
@@ -17,16 +18,15 @@ import transformers
 from safetensors.torch import save_file
 
 WORK = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch, transformers, accelerate, scipy.optimize
 import tnlib as tn
 torch.set_num_threads(int(sys.argv[5]))
 tn.factorize_folder, tn.papers
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # ru_maxrss of a child begins at what its parent had; this does not
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
 idle, began = peak(), time.perf_counter()
-if sys.argv[2]:
-    tn.factorize_folder(sys.argv[1], tn.papers[sys.argv[3]], sys.argv[2], shard_mb=float(sys.argv[4]))
+tn.factorize_folder(sys.argv[1], tn.papers[sys.argv[3]], sys.argv[2], shard_mb=float(sys.argv[4]))
 print(json.dumps({"idle_mb": idle, "peak_mb": peak(), "seconds": time.perf_counter() - began}))
 """
 
