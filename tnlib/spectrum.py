@@ -61,9 +61,10 @@ def _gram(matrix, rank, tolerance):
     """Eigenvectors of the short side's Gram matrix, formed in float64: squaring loses half the digits."""
     rows_short = matrix.shape[-2] <= matrix.shape[-1]
     wide = matrix.double() if rows_short else matrix.double().mT  # (…, short, long)
-    squares, basis = torch.linalg.eigh(wide @ wide.mT)  # ascending; (…, short), (…, short, short)
+    gram = wide @ wide.mT  # (…, short, short)
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)  # (…,), without a second array of the matrix's size
+    squares, basis = torch.linalg.eigh(gram)  # ascending; (…, short), (…, short, short)
     squares, basis = squares.flip(-1).clamp_min(0), basis.flip(-1)
-    total = wide.square().sum((-2, -1))  # (…,)
     if tolerance:
         rank = min(rank, _rank_within(squares, total, tolerance))
     return _assemble(matrix, basis[..., :rank], squares[..., :rank].sqrt(), total)

@@ -3,7 +3,7 @@
 TT-SVD cuts one bond after the other and never looks back. Here every core is chosen again with the others in place. They
 are kept orthonormal around it (mixed canonical form, as DMRG in physics has it), so the best core is the tensor projected
 on its neighbors: no system is solved, and the squared error is what the core's energy lacks of the tensor's.
-On weights of SmolLM2 the relative error falls by 0.1 to 0.4 % of itself, and on noise by as much.
+On two matrices of SmolLM2 the relative error falls by 0 to 0.3 % of itself, on noise of their sizes by 0 to 0.6 %.
 """
 
 from typing import NamedTuple

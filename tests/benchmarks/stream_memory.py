@@ -68,9 +68,7 @@ def main():
     print(
         f"{asked.layers} layers, {before:,.0f} MB -> {after:,.0f} MB in {found['seconds']:.0f} s, {settings[2]} threads"
     )
-    print(
-        f"peak {found['peak_mb']:,.0f} MiB resident, of which {found['idle_mb']:,.0f} are Python, torch and transformers"
-    )
+    print(f"peak {found['peak_mb']:,.0f} MiB resident, {found['idle_mb']:,.0f} of them after the imports")
     print(
         f"for comparison: one block {block:,.0f} MB, its largest matrix {largest:,.0f} MB, {2 * largest:,.0f} in float32"
     )
