@@ -29,6 +29,7 @@ _INLINE = [  # pattern, replacement
     (r"(\*\*|__|\*|(?<!\w)_(?=\w))(\S.*?\S|\S)\1", r"\2"),  # emphasis
     (r"(\w)_(?=[\s.,;:)]|$)", r"\1"),  # reference of one word
 ]
+_QUOTED = re.compile(r"^ {0,3}>(?!>) ?")  # mark of a quotation; >>> is a session
 _END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')]))\s+(?=["'(]*[A-Z])""")
 
 
@@ -36,7 +37,7 @@ def prose(text):
     """Paragraphs of a README in Markdown or reStructuredText, each of whole sentences on one line.
 
     Returns: list of str. A paragraph is text between blank lines that ends like a sentence and has six words or more, and is
-        no heading, list, table, badge, quotation of code or text indented as such
+        no heading, list, table, badge or code
     Source: rules of our own; no parser of either markup is needed for reading. Exact: plain sentences are returned as they are.
     """
     text = text.replace("\r", "").expandtabs(4)
@@ -45,9 +46,7 @@ def prose(text):
     text = re.sub(r"<(pre|style|script|table|h[1-6])\b.*?</\1>", "\n\n", text, flags=re.DOTALL | re.IGNORECASE)
     found = []
     for block in re.split(r"\n\s*\n", text):
-        lines = [
-            re.sub(r"^ {0,3}>(?!>) ?", "", line) for line in block.strip("\n").split("\n")
-        ]  # no marks of quotation
+        lines = [_QUOTED.sub("", line) for line in block.strip("\n").split("\n")]
         if any(_LINE.match(line) for line in lines) or lines[0].startswith("    "):
             continue
         line = _plain(" ".join(lines))
