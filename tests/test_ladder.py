@@ -23,7 +23,7 @@ RUNGS = [
     ["objective"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize"],
-    ["heal", "quantized_size", "torchao_kernels"],
+    ["heal", "quantized_size", "torchao_kernels", "hybrid_tt"],
     ["stages"],
     ["presets", "report"],
     ["job"],

@@ -23,6 +23,7 @@ _PUBLIC = {
     "plan": ["plan", "report"],
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
+    "hybrid_tt": ["HybridTTConfig", "dense_model", "get_compression_stats", "hybrid_model", "per_core_xavier_"],
     "quantize": ["fake_quantize_", "quantize_"],
     "quantized_size": ["quantized_size"],
     "torchao_kernels": ["use_torchao_"],
