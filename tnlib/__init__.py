@@ -39,7 +39,7 @@ _PUBLIC = {
     "depth": ["drop_blocks"],
     "hidden": ["hidden_orders", "permute_hidden_"],
     "assets": ["AssetError", "fetch", "load_model", "load_tokenizer", "load_weight", "weight_names"],
-    "data": ["batches", "load_reviews", "load_text", "token_windows"],
+    "data": ["batches", "byte_windows", "load_reviews", "load_text", "token_windows"],
     "token_file": ["load_windows"],
     "tasks": ["Task", "load_task"],
     "encode": ["encode_task"],
