@@ -5,7 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tnlib import HybridTTConfig, RecipeError, dense_model, get_compression_stats, hybrid_model, per_core_xavier_, plan
+from tnlib import (
+    HybridTTConfig,
+    Kronecker,
+    LowRank,
+    RecipeError,
+    TTMatrix,
+    dense_model,
+    get_compression_stats,
+    hybrid_model,
+    matched_recipe,
+    per_core_xavier_,
+    plan,
+    split_recipe,
+)
 from tnlib.layers import FactorizedLinear
 from tnlib.papers import papers
 from tnlib.shapes import weight_of
@@ -96,6 +109,34 @@ def test_per_core_xavier_is_too_small():
     per_core_xavier_(model)
     assert float(square.weight.detach().std()) == pytest.approx(0.0117, rel=0.1)
     assert float(up.weight.detach().std()) == pytest.approx(0.0137, rel=0.1)
+
+
+def test_split_recipe_replaces_one_part_alone():
+    narrow = papers["hybrid-tt"].rules[1].form
+    with torch.device("meta"):
+        dense = dense_model(README)
+    square = plan(dense, split_recipe("attention", narrow, None))
+    assert {row.name.split(".")[-2] for row in square.rows} == {"attn"}
+    assert square.total - square.dense_total == -12 * 4 * (768**2 - narrow.num_params((768, 768)))
+
+
+@pytest.mark.parametrize("form", [LowRank(kept=0.5), TTMatrix(order=3), TTMatrix(order=2, kept=0.1)])
+@pytest.mark.parametrize("kept", [0.1, 0.35, 0.8])
+def test_matched_recipe_comes_nearest(form, kept):
+    dense = dense_model(SMALL)
+    total = round(kept * sum(p.numel() for p in dense.parameters()))
+    found = matched_recipe(dense, split_recipe("matched", LowRank(rank=2), form), total)
+    gap = abs(plan(dense, found).total - total)
+    last = found.rules[-1].form
+    ranks = [last.rank] if isinstance(last, LowRank) else list(last.ranks[1:-1])
+    for more in (-1, 1):  # the last bond one up or down
+        other = [*ranks[:-1], ranks[-1] + more]
+        if other[-1] > 0:
+            changed = replace(last, rank=other[0]) if isinstance(last, LowRank) else replace(last, ranks=(1, *other, 1))
+            rules = (*found.rules[:-1], replace(found.rules[-1], form=changed))
+            assert abs(plan(dense, replace(found, rules=rules)).total - total) >= gap
+    with pytest.raises(RecipeError, match=r"got Kronecker.*needed LowRank or TTMatrix"):
+        matched_recipe(dense, split_recipe("kron", None, Kronecker(right=(2, 2))), total)
 
 
 def test_equal_seeds_give_equal_models_and_leave_the_random_state():

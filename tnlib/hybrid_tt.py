@@ -5,15 +5,18 @@ are in papers.py; cores are drawn so that their product has the deviation of GPT
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tnlib.layers import FactorizedLinear
+from tnlib.low_rank import LowRank
 from tnlib.papers import HYBRID_SOURCE, hybrid_rules
-from tnlib.recipe import Recipe, RecipeError
+from tnlib.plan import plan
+from tnlib.recipe import Recipe, RecipeError, Rule
 from tnlib.shapes import balanced_modes
 from tnlib.surgery import factorize_
+from tnlib.tt_matrix import TTMatrix
 
 _PRINTED_MODES = {768: (8, 12, 8), 3072: (12, 16, 16)}  # of the hybrid class; other sizes get balanced ones here
 _PARTS = {"attention": ".attn.", "ffn": ".mlp.", "embeddings": ".wte.", "positions": ".wpe.", "head": "lm_head."}
@@ -70,6 +73,49 @@ class HybridTTConfig:
         unused = [f"{ranks[2]} of {ranks}" for ranks in (self.attention_ranks, self.ffn_ranks) if len(ranks) > 2]
         notes = f"three cores have two bonds; not used: {', '.join(unused)}" if unused else ""
         return Recipe(name="hybrid-tt", base="gpt2", source=HYBRID_SOURCE, rules=rules, notes=notes)
+
+
+def split_recipe(name, attention, ffn, init="random"):
+    """Attention matrices in one form and FFN matrices in another, None for dense; q, k and v are three matrices.
+
+    Exact: with ffn=None the parameters removed are those of attention, 4 d^2 less 4 forms a block.
+    """
+    forms = {"qkv": (attention, 3), "o": (attention, 1), "mlp": (ffn, 1)}
+    rules = (Rule(where=where, form=form, split=n, init=init) for where, (form, n) in forms.items() if form)
+    return Recipe(name=name, base="gpt2", rules=tuple(rules))
+
+
+def matched_recipe(model, recipe, total):
+    """The recipe with other ranks in its last rule, those that bring the model nearest to `total` parameters.
+
+    model: dense, also on the meta device; the last rule's form is LowRank or TTMatrix, its own ranks do not matter
+    Raises: RecipeError for other forms
+    Exact: no rank, and no ranks (r, …, r) or (r, …, r + 1) of a TT-matrix, come nearer.
+    """
+    *others, last = recipe.rules
+    widest = max(max(row.shape) for row in plan(model, recipe).rows)
+    best, best_gap = None, math.inf
+    for form in _growing(last.form, widest):
+        tried = replace(recipe, rules=(*others, replace(last, form=form)))
+        size = plan(model, tried).total
+        if abs(size - total) < best_gap:
+            best, best_gap = tried, abs(size - total)
+        if size >= total:  # all that follow are larger
+            break
+    return best
+
+
+def _growing(form, widest):
+    """The form at rank 1, 2, … up to `widest`; a TT-matrix takes half a step in between, its last bond first."""
+    if isinstance(form, LowRank):
+        return [replace(form, kept=None, rank=r) for r in range(1, widest + 1)]
+    if not isinstance(form, TTMatrix):
+        raise RecipeError(
+            f"matched_recipe: got {form}; needed LowRank or TTMatrix in the last rule. Choose ranks by hand."
+        )
+    bonds = (form.order or len(form.in_modes)) - 1
+    steps = [(r,) * (bonds - 1) + (last,) for r in range(1, widest + 1) for last in ((r, r + 1) if bonds > 1 else (r,))]
+    return [replace(form, kept=None, max_rank=None, ranks=(1, *ranks, 1)) for ranks in steps]
 
 
 def hybrid_model(config, seed=0, recipe=None):
