@@ -157,7 +157,7 @@ def per_core_xavier_(model, seed=0):
 def get_compression_stats(model):
     """Parameters of a factorized model and of the dense one that it replaces, in all and by part.
 
-    model: a GPT-2 of hybrid_model, or any with its module names; works on the meta device
+    model: a GPT-2 of hybrid_model, or any with its module names and dense embeddings; works on the meta device
     Returns: dictionary of {"original_params", "compressed_params", "compression_ratio"}: "total" (tied weights once, with
         positions, biases and norms), "attention", "ffn", "embeddings" (of tokens), "positions", "head" (0 if
         tied), "other", then "without_embeddings" (neither tokens, positions nor head) and "untied" (a dense head stored)
