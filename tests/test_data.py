@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tnlib import data, token_file
 from tnlib.assets import AssetError, fetch, load_tokenizer
-from tnlib.data import batches, load_reviews, load_text, token_windows
+from tnlib.data import batches, byte_windows, load_reviews, load_text, token_windows
 from tnlib.token_file import load_windows
 
 PROSE = "The plot of the film, thin as it is, holds for 90 minutes; then it does not. " * 40
@@ -157,6 +157,16 @@ def test_hub_rows_are_joined_and_streamed(monkeypatch):
     load_text("me/mine:raw", "all", max_chars=1)
     assert asked[0] == (("Salesforce/wikitext", "wikitext-2-raw-v1"), {"split": "test", "streaming": True})
     assert asked[1] == (("me/mine", "raw"), {"split": "train+validation+test", "streaming": True})
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, 7), (40, 5)])
+def test_bytes_are_a_prefix_of_the_text(limit, rows):
+    text = "Amélie — naïve, “whimsical” — charms all the same…"
+    windows = byte_windows(text, 8, limit)
+    assert (windows.dtype, windows.shape) == (torch.int64, (rows, 8))
+    assert bytes(windows.flatten().tolist()) == text.encode()[: rows * 8]
+    with pytest.raises(ValueError, match="needed at least one window of context 8"):
+        byte_windows("", 8)
 
 
 @pytest.mark.parametrize("piece", [30, 64, 1 << 18])

@@ -23,7 +23,7 @@ RUNGS = [
     ["objective", "hand_rules"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "quantized_size", "torchao_kernels", "proxies", "streamed"],
+    ["heal", "quantized_size", "torchao_kernels", "proxies", "streamed", "hybrid_tt"],
     ["stages", "stream"],
     ["presets", "report"],
     ["job"],

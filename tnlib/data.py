@@ -107,6 +107,19 @@ def token_windows(text, tokenizer, context, max_tokens=None):
     return torch.cat(found)[: windows * context].view(windows, context)
 
 
+def byte_windows(text, context, max_bytes=None):
+    """UTF-8 bytes of `text` as contiguous windows: a vocabulary of 256 that needs no tokenizer.
+
+    context: bytes in a window; max_bytes: use no more than this many from the start
+    Returns: (windows, context), int64
+    Raises: ValueError if the text is shorter than one window
+    Exact: flattened, it is a prefix of text.encode(); nats a byte over ln 2 are bits a byte, whatever the tokenizer.
+    """
+    raw = bytearray(text.encode()[:max_bytes])
+    used = count_windows(len(raw), context, max_bytes) * context
+    return torch.frombuffer(raw, dtype=torch.uint8)[:used].long().view(-1, context)
+
+
 def tokenized(text, tokenizer, first=0):
     """Token ids of a text, a list for each piece of it from the `first` one on; see token_windows."""
     for piece in itertools.islice(_pieces([text] if isinstance(text, str) else text), first, None):

@@ -78,31 +78,26 @@ TQCOMPRESSOR = Recipe(
 
 # --- Hybrid TT, github.com/tkenaz/tt-transformer ------------------------------------------------------------------------
 # From scratch, GPT-2 size with a vocabulary of 50,000; q, k, v are three matrices there, one fused matrix in GPT-2.
-_D768, _D3072 = (8, 12, 8), (12, 16, 16)  # modes of 768 and 3072 in the hybrid class
-
-
-def _hybrid(name, attention, mlp, notes):
-    """Bond ranks for attention and MLP; the repository's lists have a third entry that its three cores never use."""
-    square = TTMatrix(out_modes=_D768, in_modes=_D768, ranks=(1, *attention, 1))
-    up = TTMatrix(out_modes=_D3072, in_modes=_D768, ranks=(1, *mlp, 1))
-    down = TTMatrix(out_modes=_D768, in_modes=_D3072, ranks=(1, *mlp, 1))
-    return Recipe(
-        name=name,
-        base="gpt2-50k",
-        source="github.com/tkenaz/tt-transformer, hybrid class and README",
-        rules=(
-            Rule(where="transformer.h.*.attn.c_attn", form=square, split=3, init="random"),
-            Rule(where="transformer.h.*.attn.c_proj", form=square, init="random"),
-            Rule(where="transformer.h.*.mlp.c_fc", form=up, init="random"),
-            Rule(where="transformer.h.*.mlp.c_proj", form=down, init="random"),
-        ),
-        notes=notes,
+def hybrid_rules(attention, mlp, narrow=(8, 12, 8), wide=(12, 16, 16)):
+    """Rules for two bond ranks in attention and two in the MLP; modes of d_model and of d_ff, here those of 768 and 3072."""
+    square = TTMatrix(out_modes=narrow, in_modes=narrow, ranks=(1, *attention, 1))
+    up = TTMatrix(out_modes=wide, in_modes=narrow, ranks=(1, *mlp, 1))
+    down = TTMatrix(out_modes=narrow, in_modes=wide, ranks=(1, *mlp, 1))
+    return (
+        Rule(where="transformer.h.*.attn.c_attn", form=square, split=3, init="random"),
+        Rule(where="transformer.h.*.attn.c_proj", form=square, init="random"),
+        Rule(where="transformer.h.*.mlp.c_fc", form=up, init="random"),
+        Rule(where="transformer.h.*.mlp.c_proj", form=down, init="random"),
     )
 
 
-HYBRID = (
-    _hybrid("hybrid-tt", (24, 48), (8, 16), "printed as [24, 48, 24] and [8, 16, 8]; three cores have two bonds"),
-    _hybrid("uniform-tt", (24, 48), (24, 48), "the README's '2.2x' matches no documented rank; [24, 48] gives 2.34x"),
+HYBRID_SOURCE = "github.com/tkenaz/tt-transformer, hybrid class and README"
+HYBRID = tuple(
+    Recipe(name=name, base="gpt2-50k", source=HYBRID_SOURCE, rules=hybrid_rules(attention, mlp), notes=notes)
+    for name, attention, mlp, notes in (
+        ("hybrid-tt", (24, 48), (8, 16), "printed as [24, 48, 24] and [8, 16, 8]; three cores have two bonds"),
+        ("uniform-tt", (24, 48), (24, 48), "the README's '2.2x' matches no documented rank; [24, 48] gives 2.34x"),
+    )
 )
 
 # --- CompactifAI, arXiv 2401.14109 --------------------------------------------------------------------------------------
