@@ -240,7 +240,7 @@ def workbook(rest):
 def test(rest):
     """Lint, unit tests, notebooks: all three, whatever one of them says."""
     books = sorted(map(str, Path("notebooks").glob("*.ipynb")), reverse=True)  # the later ones, which train, take longest
-    lanes = min(2, cores())  # a notebook keeps one core busy, seldom two
+    lanes = min(2, cores())  # a notebook keeps one core busy, seldom two; a test one
     shared = ["-n", str(lanes), "--dist", "loadfile", "--no-loadscope-reorder"]
     nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--nbval-sanitize-with", "ci/nbval.cfg"]
     verdicts, failed, asked = [], False, os.environ.get("OMP_NUM_THREADS")
@@ -248,7 +248,7 @@ def test(rest):
         unit = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": asked or "1"}  # tiny models: more threads only wait for one another
         replay = {"TNLIB_RESULTS": scratch, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
         replay["OMP_NUM_THREADS"] = asked or str(cores() // lanes)
-        steps = [("lint", ["ruff", "check", "."], {}), ("unit", ["pytest", "tests", *rest], unit),
+        steps = [("lint", ["ruff", "check", "."], {}), ("unit", ["pytest", "tests", *shared, *rest], unit),
                  ("notebooks", ["pytest", *shared, *nbval, *books], replay)]
         for name, command, variables in steps if books else steps[:2]:
             start = time.monotonic()

@@ -196,9 +196,9 @@ def live_bytes():
     return sum({storage.data_ptr(): storage.nbytes() for storage in found}.values())
 
 
-@pytest.mark.parametrize("wheres", [("mlp",), ("linear", "embedding")])
+@pytest.mark.parametrize("wheres", [("linear", "embedding")])
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, monkeypatch, wheres):
-    build, save, peaks = tnlib.stream.build_layer, tnlib.stream.save_file, {2: [], 8: []}
+    build, save, peaks = tnlib.stream.build_layer, tnlib.stream.save_file, {2: [], 5: []}
     for layers, seen in peaks.items():
         before = live_bytes()
 
@@ -215,10 +215,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, monkeypatch, w
             tmp_path / f"dense{layers}", recipe(LowRank(rank=4), *wheres), tmp_path / f"{layers}", shard_mb=0.02
         )
     small, large = (max(seen) for seen in peaks.values())
-    dense = (
-        4 * 4 * (24 * 48 * 3 + 24 * 24 * 2)
-    )  # bytes of the matrices of less than one block, of the six that were added
-    assert large - small < dense / 4
+    added = 3 * 4 * (24 * 48 * 3 + 24 * 24 * 2)  # bytes of less than the matrices of the three blocks that were added
+    assert large - small < added / 6
     assert small > 4 * 24 * 48  # the measure sees the matrix that is being decomposed
 
 

@@ -146,9 +146,16 @@ def _reach(size, high, start):
 
 
 def _least_error(rows, scale, low, high):
-    """The share of `scale` in SHRINK that leaves the smallest squared error, block by block."""
+    """The share of `scale` in SHRINK that leaves the smallest squared error, block by block, as many at once as a cache holds."""
+    at_once = max(1, PIECE // rows.shape[1])
+    parts = zip(*(part.split(at_once) for part in (rows.detach(), scale, low, high)))
+    return torch.cat([_search(*part) for part in parts])
+
+
+def _search(rows, scale, low, high):
+    """_least_error of some blocks: (blocks, 1)."""
     best, error = scale, torch.full_like(scale, math.inf)
-    rows, buffer = rows.detach(), torch.empty_like(rows)
+    buffer = torch.empty_like(rows)
     for share in SHRINK:
         tried = share * scale
         miss = round_to_grid(rows, tried, low, high, out=buffer).mul_(tried).sub_(rows)
