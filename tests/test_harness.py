@@ -97,7 +97,6 @@ def test_a_factorized_embedding_scores_as_the_dense_one(folder, tokenizer, alway
     dense = harness(always_blue, tokenizer, ["colors_b"], folder=folder)
     factorize_(always_blue, Recipe(name="t", rules=(Rule(where="transformer.wte", form=LowRank(rank=8)),)))
     assert harness(always_blue, tokenizer, ["colors_b"], folder=folder) == dense
-    assert "tie_weights" not in vars(always_blue)
 
 
 def test_the_papers_tasks_are_known_to_the_harness():

@@ -9,7 +9,7 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose"],
+    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
     ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
     ["form", "data", "teacher", "encode", "score", "checkpoint_files"],
     ["van_loan", "sweeps", "token_file", "tasks", "predict", "rouge", "summaries"],

@@ -13,6 +13,8 @@ from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.low_rank import LowRank
 from tnlib.papers import papers
 from tnlib.plan import plan, report, tied_names
+from tnlib.quant import Quantize
+from tnlib.quantize import fake_quantize_, quantize_
 from tnlib.recipe import Recipe, RecipeError, Rule
 from tnlib.shapes import ShapeError
 from tnlib.surgery import densify_, factorize_
@@ -195,3 +197,45 @@ def test_plan_prints_both_ranks_when_one_was_lowered():
     assert "LowRank(rank=24) (asked rank=999)" in text
     assert "tied weights once" in text
     assert "<table>" in plan(tiny("llama"), recipe(LowRank(rank=9), "mlp"))._repr_html_()
+
+
+def state(model):
+    """Which tensor stands under each name, and its sum: two names may have one."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return {name: (id(tensor), float(tensor.detach().double().sum())) for name, tensor in named}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "opt", "bert", "t5"])
+@pytest.mark.parametrize("head", ["tied", "dense"])
+def test_tying_anew_changes_nothing(family, head):
+    model = tiny(family)
+    recipe = Recipe(name="t", rules=(Rule(where="embedding", form=LowRank(rank=4), head=head),))
+    factorize_(model, recipe)
+    for change in (lambda m: None, densify_):
+        change(model)
+        before = state(model)
+        model.tie_weights()
+        assert state(model) == before
+    assert ("lm_head.weight" in model.all_tied_weights_keys) == (head == "tied" and family != "bert")
+
+
+def test_tying_anew_keeps_the_ties_that_surgery_did_not_touch():
+    model = tiny("llama")
+    factorize_(model, Recipe(name="t", rules=(Rule(where="mlp", form=LowRank(rank=4)),)))
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("what", ["dense", "factors"])
+def test_tying_anew_leaves_quantized_tables(what):
+    model, grid = tiny("llama", torch.float32), Quantize(bits=4, what=what, learn="frozen")
+    if what == "factors":
+        factorize_(model, Recipe(name="t", rules=(Rule(where="embedding", form=LowRank(rank=4)),)))
+    for verb in (fake_quantize_, quantize_):
+        verb(model, grid)
+        before, ids = state(model), torch.arange(6)[None]
+        said = logits(model, ids)
+        model.tie_weights()
+        assert state(model) == before
+        assert logits(model, ids).equal(said)

@@ -1,7 +1,6 @@
 """The benchmarks of CompactifAI's tables through EleutherAI's lm-evaluation-harness, an optional extra."""
 
 import functools
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tnlib.modes import eval_mode
@@ -53,7 +52,7 @@ def harness(model, tokenizer, tasks=tuple(TASKS), limit=None, shots=None, batch=
             "or give the folder of its YAML file; with a folder, name only what is in it."
         )
     found = {}
-    with eval_mode(model), _left_tied(model):
+    with eval_mode(model):
         lm = wrap(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         for task in tasks:
             metric, usual = TASKS.get(task, (None, None))
@@ -83,16 +82,6 @@ def _published():
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-@contextmanager
-def _left_tied(model):
-    """The wrapper ties the model's weights anew, which is an error where the embedding is factorized, and needless here."""
-    model.tie_weights = lambda *args, **more: None  # hides the method
-    try:
-        yield
-    finally:
-        del model.tie_weights
 
 
 def _read(task, metric, out):

@@ -18,6 +18,7 @@ from tnlib.modes import eval_mode
 from tnlib.packing import Packed, QuantizedEmbedding, packed_bytes
 from tnlib.quant import FakeQuantize, QuantizeError
 from tnlib.recipe import dense_modules
+from tnlib.ties import tell_ties
 
 EXAMPLES = 16  # rows of `data` that activation scales start from
 
@@ -89,6 +90,7 @@ def fake_quantize_(model, quantize, data=None):
     for target in found:
         fake = fakes[id(target.original)].train(target.module.training)
         parametrize.register_parametrization(target.module, target.attribute, fake)
+    tell_ties(model)
 
 
 def refuse_there(verb, found, kinds):
@@ -178,6 +180,7 @@ def quantize_(model, quantize):
                 tables[target.name] = _table(target.module, stored[id(target.original)])
     for target in found:
         _put(model, target, stored[id(target.original)], tables.get(target.name))
+    tell_ties(model)
 
 
 def _is_table(target):

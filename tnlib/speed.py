@@ -83,10 +83,12 @@ def _trainer(model, ids, new_tokens):
     optimizer = torch.optim.AdamW(trained, lr=0.0)
 
     def learn():
+        """What is timed."""
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
     def step():
+        """One step, after which gradients are those of before."""
         held = [p.grad for p in trained]
         optimizer.zero_grad()
         with eval_mode(model):  # for its way back

@@ -12,6 +12,7 @@ from tnlib.packing import Packed, QuantizedEmbedding, is_packed
 from tnlib.plan import plan, tied_names
 from tnlib.recipe import RecipeError, match
 from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
+from tnlib.ties import tell_ties
 
 
 def factorize_(model, recipe, *, seed=0, progress=None):
@@ -39,6 +40,7 @@ def factorize_(model, recipe, *, seed=0, progress=None):
             new[other] = _share(model.get_submodule(other), layer)
     for name, layer in new.items():
         _swap(model, name, layer)
+    tell_ties(model)
 
 
 def densify_(model, names=None):
@@ -54,6 +56,7 @@ def densify_(model, names=None):
             dense = _unpacked(layer) if is_packed(layer) else layer.to_dense()
             dense.weight = tables.setdefault(id(stored), dense.weight)
             _swap(model, name, _keep_bias(layer, dense))
+    tell_ties(model)
 
 
 def _stored(layer):

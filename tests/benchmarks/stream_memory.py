@@ -1,6 +1,6 @@
 """Peak memory and seconds of factorize_folder on a checkpoint of Llama-2-7B's matrices, random, bfloat16, a few layers.
 
-    python tests/benchmarks/stream_memory.py [--layers 3] [--folder /tmp/llama7b_shape] [--recipe compactifai] [--shard-mb 256]
+    python tests/benchmarks/stream_memory.py [--layers 3] [--folder FOLDER] [--recipe compactifai] [--shard-mb 256]
 
 The checkpoint (0.4 GB a layer and 0.5 GB of embedding and head) is written shard by shard if it is not there. The work is done
 in a fresh process, whose largest resident set (Linux) is printed beside what it was after the imports; it must not grow with
@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def write(folder, layers):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/llama7b_shape"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "llama7b_shape")
     parser.add_argument("--recipe", default="compactifai")
     parser.add_argument("--shard-mb", type=float, default=256)
     asked = parser.parse_args()
