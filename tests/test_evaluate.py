@@ -15,6 +15,7 @@ from tnlib.evaluate import (
     flops_per_token,
     kl_to_teacher,
     latency,
+    logits,
     peak_memory_mb,
     perplexity,
     size,
@@ -238,6 +239,16 @@ def test_kl_is_forward():
 def test_kl_needs_one_vocabulary():
     with pytest.raises(ValueError, match=r"student logits \(2, 8, 97\), teacher logits \(2, 8, 50\)"):
         kl_to_teacher(Table(torch.zeros(VOCAB, VOCAB)), Table(torch.zeros(VOCAB, 50)), tokens(2, 8))
+
+
+def test_kl_to_the_teachers_logits_is_kl_to_the_teacher():
+    student, teacher, ids = gpt2(), gpt2(1), tokens(3, 16)
+    said = logits(teacher, ids)
+    assert said.shape == (3, 16, VOCAB)
+    assert kl_to_teacher(student, said, ids) == kl_to_teacher(student, teacher, ids)
+    assert kl_to_teacher(student, said, ids, max_windows=2) == kl_to_teacher(student, teacher, ids, max_windows=2)
+    with pytest.raises(ValueError, match=r"teacher logits \(2, 16, 97\), windows \(3, 16\)"):
+        kl_to_teacher(student, said[:2], ids)
 
 
 def test_size_counts_a_tied_head_once():

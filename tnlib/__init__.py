@@ -62,7 +62,7 @@ _PUBLIC = {
     "predict": ["predict"],
     "score": ["compare_scores", "score"],
     "compare": ["compare"],
-    "evaluate": ["flops_per_token", "kl_to_teacher", "latency", "perplexity", "size"],
+    "evaluate": ["flops_per_token", "kl_to_teacher", "latency", "logits", "perplexity", "size"],
     "generate": ["generate"],
     "rouge": ["compare_rouge", "rouge"],
     "summaries": ["lead", "load_pairs", "summarize"],

@@ -5,7 +5,7 @@ The measures of what it costs are in cost.py and can be imported from here too.
 
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "flops_per_token",
     "kl_to_teacher",
     "latency",
+    "logits",
     "peak_memory_mb",
 ]
 __all__ += ["perplexity", "size"]
@@ -114,9 +115,22 @@ def perplexity(model, windows, context=None, stride=None, batch=4, max_windows=N
     )
 
 
+def logits(model, windows, batch=2):
+    """What the model says of the next token at every position of a text, (windows, context, vocabulary), in the model's dtype.
+
+    windows: (windows, context) int64 or int32. All of it stays on the model's device: 4 bytes x vocabulary a token in float32
+    Raises: ValueError for ids or context beyond the model's
+    Exact: kl_to_teacher against these equals kl_to_teacher against the model.
+    """
+    check_windows("logits", model, windows)
+    with _evaluating(model):
+        return torch.cat([_logits(model, ids) for ids in windows.split(batch)])
+
+
 def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress=False):
     """Mean KL(teacher || student) of the next-token distributions, and how often their arg max is one, over every position.
 
+    teacher: a model; or its `logits` on the same windows, which spares its runs where many students are judged
     windows: (windows, context) int64 or int32
     Returns: Divergence in nats per token, stderr over windows
     Raises: ValueError if the vocabularies differ, ids or context are beyond the models', or a KL is not finite
@@ -124,11 +138,16 @@ def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress
     """
     windows = windows[:max_windows]
     check_windows("kl_to_teacher, student", student, windows)
-    check_windows("kl_to_teacher, teacher", teacher, windows)
+    if isinstance(teacher, torch.Tensor):
+        said = _said_of(windows, teacher[:max_windows]).split(batch)
+    else:
+        check_windows("kl_to_teacher, teacher", teacher, windows)
+        said = itertools.repeat(None)
     sums, hits = [], []
     with _evaluating(student), _evaluating(teacher):
-        for ids in _progress(windows.split(batch), progress, "KL to teacher"):
-            ours, theirs = _logits(student, ids), _logits(teacher, ids)  # (batch, context, vocabulary)
+        for ids, theirs in zip(_progress(windows.split(batch), progress, "KL to teacher"), said):
+            ours = _logits(student, ids)  # (batch, context, vocabulary)
+            theirs = _logits(teacher, ids) if theirs is None else theirs
             if ours.shape != theirs.shape:
                 raise ValueError(
                     f"kl_to_teacher: student logits {tuple(ours.shape)}, teacher logits {tuple(theirs.shape)} (batch, "
@@ -198,6 +217,16 @@ def _mean(sums, counts):
     return mean, stderr
 
 
+def _said_of(windows, said):
+    """A teacher's logits, if they can be of these windows."""
+    if said.dim() != 3 or said.shape[:2] != windows.shape:
+        raise ValueError(
+            f"kl_to_teacher: teacher logits {tuple(said.shape)}, windows {tuple(windows.shape)}; needed (windows, context, "
+            "vocabulary) of the same windows. Call logits(teacher, windows)"
+        )
+    return said
+
+
 def _logits(model, ids):
     """(batch, context, vocabulary) in the model's own dtype."""
     out = model(ids.to(_device(model)))
@@ -216,6 +245,6 @@ def _progress(steps, shown, what):
 
 @contextmanager
 def _evaluating(model):
-    """Eval mode without gradients."""
-    with eval_mode(model), torch.inference_mode():
+    """Eval mode without gradients; logits are in no mode."""
+    with nullcontext() if isinstance(model, torch.Tensor) else eval_mode(model), torch.inference_mode():
         yield
