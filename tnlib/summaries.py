@@ -50,8 +50,8 @@ class Pairs:
 def load_pairs(source="package-summaries", split="test", max_pairs=None, seed=0, max_chars=2000):
     """Texts with a summary of each.
 
-    source: "package-summaries", the installed Python packages: the prose of each one's long description is the text, its
-        one-line summary the reference. A sentence of the text that holds the summary word for word is left out, as are
+    source: "package-summaries", the installed Python packages that describe themselves in Markdown: the prose of each one's
+        description is the text, its one-line summary the reference. A sentence of the text that holds the summary word for word is left out, as are
         packages with little prose or a summary of fewer than four words. It needs no network, and depends on what is
         installed and in which version: compare scores only where the fingerprint is the same, as constraints.txt makes it;
         a file .jsonl or .csv with columns document and summary, or a folder with one named for the split, such as test.csv;
@@ -167,7 +167,7 @@ def _cut(text, max_chars):
 
 @functools.cache
 def _packages():
-    """(description, summary) of each installed package that has enough of both, by name; of equal summaries the first."""
+    """(description, summary) of each installed package whose Markdown has enough of both; of equal summaries the first."""
     about = {}
     for package in importlib.metadata.distributions():  # the first of a name is the one that Python imports
         facts = package.metadata
@@ -175,6 +175,8 @@ def _packages():
     found = {}
     for name in sorted(about.keys() - {"", "tnlib"}):
         summary = about[name].get("Summary") or ""
+        if (about[name].get("Description-Content-Type") or "").partition(";")[0] != "text/markdown":
+            continue
         text = _without(prose(about[name].get_payload() or about[name].get("Description") or ""), summary)
         if len(summary.split()) >= FEWEST_WORDS and len(text) >= FEWEST_CHARS:
             found.setdefault(_letters(summary), (text, summary))
