@@ -201,8 +201,9 @@ def _environment(job):
     """The child's environment, which its kernel inherits."""
     env = dict(os.environ, TNLIB_RESULTS=job.out, TNLIB_SCALE=job.scale, PYDEVD_DISABLE_FILE_VALIDATION="1")
     env.pop("MPLBACKEND", None)  # a batch machine's Agg would leave the notebooks without figures
-    for name in (f"{library}_NUM_THREADS" for library in THREAD_LIMITS):
-        env[name] = str(min(int(env[name]), job.threads) if env.get(name, "").isdigit() else job.threads)
+    limits = [f"{library}_NUM_THREADS" for library in THREAD_LIMITS]
+    asked = [int(env[name]) for name in limits if env.get(name, "").isdigit()]  # one of them is meant for all
+    env |= dict.fromkeys(limits, str(min([job.threads, *asked])))
     if (repo_root() / "pyproject.toml").exists():  # a checkout that is not installed: the kernel must find this tnlib
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repo_root()), env.get("PYTHONPATH")]))
     return env
