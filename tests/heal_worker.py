@@ -28,17 +28,19 @@ from tnlib.kronecker import Kronecker
 from tnlib.recipe import Recipe, Rule
 from tnlib.surgery import factorize_
 from tnlib.treatment import Budget, Heal
+from tnlib.tt_matrix import MPO
 
 healing = importlib.import_module("tnlib.heal")  # tnlib.heal itself is the function
 WINDOWS = torch.randint(2, 96, (13, 12), generator=torch.Generator().manual_seed(0))
 HEAL = Heal(losses=(("next_token", 1.0), ("logits", 0.5), ("hidden", 0.1)), temperature=2.0, learning_rate=1e-2)
 BUDGET = Budget(steps=12, batch=2, accumulate=2, save_every=3, eval_every=4, patience=9, log_every=5)
 EMBEDDING = Rule(where="embedding", form=Kronecker(right=(1, 2)))
-RECIPE = Recipe(name="tiny", rules=(Rule(where="mlp", form=Kronecker(right=(2, 2), terms=2)), EMBEDDING))
+ATTENTION = Rule(where="attention", form=MPO(order=3, max_rank=3))
+RECIPE = Recipe(name="tiny", rules=(Rule(where="mlp", form=Kronecker(right=(2, 2), terms=2)), ATTENTION, EMBEDDING))
 
 
 def models(family="gpt2"):
-    """A dense teacher and a student with factorized MLPs and tied factorized embedding; GPT-2's has dropout."""
+    """A dense teacher and a student with factorized MLPs, attention and tied embedding; GPT-2's has dropout."""
     teacher, student = tiny(family, torch.float32), tiny(family, torch.float32)
     factorize_(student, RECIPE)
     return student, teacher
