@@ -137,6 +137,32 @@ def test_parameters_scale_and_threads_reach_the_notebook(batch):
     assert not (root / "notebooks" / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("asked", "threads", "expected"),
+    [
+        ({"OMP": "1"}, 4, "1"),
+        ({"MKL": "3", "RAYON": "2"}, 4, "2"),
+        ({"OMP": "8"}, 2, "2"),
+        ({"OMP": "all"}, 2, "2"),
+        ({}, 2, "2"),
+    ],
+)
+def test_a_thread_limit_for_one_library_holds_for_all(tmp_path, monkeypatch, asked, threads, expected):
+    """Looked at in the job's process itself, in place of the notebook's."""
+    names = [f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for library, limit in asked.items():
+        monkeypatch.setenv(f"{library}_NUM_THREADS", limit)
+    said = f"import json, os; print(json.dumps([os.environ.get(name) for name in {names}]))"
+    popen = subprocess.Popen
+    monkeypatch.setattr(job.subprocess, "Popen", lambda _, **more: popen([sys.executable, "-c", said], **more))
+    job.STOP.clear()
+    source = str(tmp_path / "01_a.ipynb")
+    job.run_one(job.Job("01_a", "t", source, str(tmp_path), {}, "tiny", "0", 3, False, 60, threads))
+    assert json.loads((tmp_path / "logs" / "01_a.log").read_text()) == [expected] * len(names)
+
+
 def test_the_kernel_is_this_interpreter_and_warns_of_nothing(batch):
     root, _ = batch
     assert (root / "run" / "logs" / "01_fine.log").read_text() == ""
