@@ -138,16 +138,16 @@ def kl_to_teacher(student, teacher, windows, batch=2, max_windows=None, progress
     """
     windows = windows[:max_windows]
     check_windows("kl_to_teacher, student", student, windows)
+    parts = windows.split(batch)
     if isinstance(teacher, torch.Tensor):
         said = _said_of(windows, teacher[:max_windows]).split(batch)
     else:
         check_windows("kl_to_teacher, teacher", teacher, windows)
-        said = itertools.repeat(None)
+        said = (_logits(teacher, ids) for ids in parts)  # asked when it is its turn
     sums, hits = [], []
     with _evaluating(student), _evaluating(teacher):
-        for ids, theirs in zip(_progress(windows.split(batch), progress, "KL to teacher"), said):
-            ours = _logits(student, ids)  # (batch, context, vocabulary)
-            theirs = _logits(teacher, ids) if theirs is None else theirs
+        for ids, theirs in zip(_progress(parts, progress, "KL to teacher"), said):
+            ours = _logits(student, ids)  # (batch, context, vocabulary), as theirs
             if ours.shape != theirs.shape:
                 raise ValueError(
                     f"kl_to_teacher: student logits {tuple(ours.shape)}, teacher logits {tuple(theirs.shape)} (batch, "

@@ -50,14 +50,17 @@ class Pairs:
 def load_pairs(source="package-summaries", split="test", max_pairs=None, seed=0, max_chars=2000):
     """Texts with a summary of each.
 
-    source: "package-summaries", the installed Python packages that describe themselves in Markdown: the prose of each one's
-        description is the text, its one-line summary the reference. A sentence of the text that holds the summary word for word is left out, as are
-        packages with little prose or a summary of fewer than four words. It needs no network, and depends on what is
-        installed and in which version: compare scores only where the fingerprint is the same, as constraints.txt makes it;
-        a file .jsonl or .csv with columns document and summary, or a folder with one named for the split, such as test.csv;
+    source: "package-summaries", the installed Python packages that describe themselves in Markdown: the prose of each
+        one's description is the text, its one-line summary the reference. A sentence of the text that holds the summary
+        word for word is left out, as are packages with little prose or a summary of fewer than four words. It needs no
+        network, and depends on what is installed and in which version: compare scores only where the fingerprint is the
+        same, as constraints.txt makes it;
+        a file .jsonl or .csv with columns document and summary, or a folder with one named for the split, such as
+        test.csv;
         "xsum", "gigaword" or a hub repository "owner/name" with such columns
     split: "train", "validation" or "test"; packages and a single file are "test" as a whole
-    max_pairs: no more than so many, drawn with `seed` and in its order; None: all, packages by name, others as in the file
+    max_pairs: no more than so many, drawn with `seed` and in its order; None: all, packages by name, others as in the
+        file
     max_chars: a text is cut before the word that passes this length
     Returns: Pairs
     Raises: ValueError for a split, row or column that is not as needed; AssetError if a file or the hub cannot be had
@@ -83,8 +86,8 @@ def load_pairs(source="package-summaries", split="test", max_pairs=None, seed=0,
 def summarize(model, tokenizer, texts, prompt=None, max_new_tokens=40, batch=8, progress=False):
     """One summary of each text, greedily.
 
-    prompt: holds "{document}", where the text goes; None: CHAT_PROMPT where the tokenizer has a chat template, which is then
-        used, else PLAIN_PROMPT, whose TL;DR is that of Radford et al. 2019
+    prompt: holds "{document}", where the text goes; None: CHAT_PROMPT where the tokenizer has a chat template, which is
+        then used, else PLAIN_PROMPT, whose TL;DR is that of Radford et al. 2019
     Returns: list of str
     Raises: ValueError for a prompt without "{document}", and as generate does
     Exact: but for rounding a summary does not depend on `batch`.
@@ -167,7 +170,7 @@ def _cut(text, max_chars):
 
 @functools.cache
 def _packages():
-    """(description, summary) of each installed package whose Markdown has enough of both; of equal summaries the first."""
+    """(description, summary) of each package whose Markdown has enough of both; of equal summaries the first."""
     about = {}
     for package in importlib.metadata.distributions():  # the first of a name is the one that Python imports
         facts = package.metadata
