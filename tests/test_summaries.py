@@ -52,6 +52,8 @@ MARKDOWN_PROSE = [
     "The foo package, by Jane and Joe, folds maps at & more. It reads the standard too!",
     "Quoted text counts as text as well, marks of quotation left out.",
 ]
+
+
 def test_prose_of_a_readme():
     assert prose(MARKDOWN) == MARKDOWN_PROSE
     assert prose("\n\n".join(MARKDOWN_PROSE)) == MARKDOWN_PROSE
