@@ -9,7 +9,7 @@ from conftest import SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tnlib.contract import bucket, choose, seconds
+from tnlib.choose import bucket
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.shapes import ShapeError
@@ -163,19 +163,5 @@ def test_any_form_on_any_shape_keeps_its_promises(loose, out, width):
     assert torch.allclose(form.forward(x, factors, shape), x @ dense.T, atol=1e-9)
 
 
-def test_the_chosen_plan_is_the_cheapest_by_the_model(form):
-    for tokens in (1, 64, 4096):
-        plans = form.plans(SHAPE, tokens)
-        best = min(seconds(plan) for plan in plans)
-        assert seconds(next(p for p in plans if p.name == choose(form, SHAPE, tokens, "cpu"))) == best
-
-
 def test_bucket_rounds_up_to_powers_of_two():
     assert [bucket(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
-
-
-def test_a_large_mpo_is_rebuilt_and_a_thin_low_rank_is_not():
-    shape = (3072, 768)
-    mpo = MPO(order=3, max_rank=64).resolve(shape)
-    assert choose(mpo, shape, 4096, "cpu") == "rebuild"
-    assert choose(LowRank(rank=32).resolve(shape), shape, 4096, "cpu") == "factors"

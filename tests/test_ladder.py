@@ -9,8 +9,11 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "contract", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
-    ["spectrum", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
+    ["shapes", "chain", "kept", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
+    ["spectrum", "contract", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
+    ["lookup", "machine"],
+    ["choose"],
+    ["applied"],
     ["form", "data", "teacher", "encode", "score", "checkpoint_files"],
     ["van_loan", "sweeps", "token_file", "tasks", "predict", "rouge", "summaries"],
     ["arrange"],

@@ -1,81 +1,249 @@
-"""Which way to contract: a cost for each plan of a layer, and the cheapest one by token count.
+"""Plans: every way to apply a weight held as factors to tokens, and what each costs.
 
-A plan's time is modeled as the larger of arithmetic and memory traffic, plus a fixed price for each kernel call. The
-three constants only rank plans of one layer against each other, so their ratios matter and their units do not.
+All forms are one thing here, a train of cores (r, o, i, s): core k takes mode i of the input to mode o of the output, between
+its bonds r and s. A low-rank weight has two cores, (1, 1, in, rank) and (rank, out, 1, 1); so has a sum of k Kronecker products,
+(1, l0, l1, k) and (k, r0, r1, 1). A plan merges neighbors beforehand and then sweeps over what is left, from either end.
+With all of them merged it has the dense weight: "rebuild". Carried out by chain.py; chosen by choose.py.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+
+from tnlib.chain import Chain, Link, Turn
+
+
+@dataclass(frozen=True)
+class Product:
+    """`batch` matrix products (m, k) @ (k, n), one of whose operands all of them share."""
+
+    m: int
+    k: int
+    n: int
+    batch: int = 1
+
+    @property
+    def flops(self):
+        return 2 * self.m * self.k * self.n * self.batch
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Numbers read and written again in another order."""
+
+    numbers: int
+    flops = 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to compute a layer's output; counts are for the number of tokens that it was planned for."""
+    """One way to compute a layer's output, with its costs for the number of tokens that it was planned for."""
 
     name: str
-    flops: float  # multiply and add counted as two
-    elements: float  # tensor elements read plus written, activations and weights
-    calls: int  # kernels launched
+    groups: tuple  # (first core, one after the last) of each run of cores merged into one
+    forward: bool  # sweep from the first core to the last; the other way if False
+    turned: bool  # two small cores meet by a copy of the state with its axes exchanged
+    build: tuple  # Products and Copies that the factors need, whatever the tokens
+    run: tuple  # those that the tokens need
+    held: int  # numbers to keep if `build` is to be done only once
+
+    @property
+    def flops(self):
+        """Multiply-adds times two, of building and running."""
+        return sum(step.flops for step in (*self.build, *self.run))
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Rates that a plan is priced with: see `seconds`."""
+class Arrangement(NamedTuple):
+    """A plan without costs."""
 
-    flops: float  # per second, in matrix products
-    elements: float  # per second, streamed through memory
-    call: float  # seconds a kernel launch costs
-
-
-# Measured: 2-core x86 server (float32), as in peers-detail of the field's libraries; an H100-class GPU (bfloat16).
-MACHINES = {
-    "cpu": Machine(flops=1.5e11, elements=1.5e9, call=5e-6),
-    "cuda": Machine(flops=3e14, elements=1e12, call=5e-6),
-}
+    name: str
+    groups: tuple
+    forward: bool = True
+    turned: bool = False
 
 
-def seconds(plan, device="cpu"):
-    """Predicted time of `plan`, in seconds, on a typical machine of this device type."""
-    machine = MACHINES.get(device, MACHINES["cpu"])
-    return max(plan.flops / machine.flops, plan.elements / machine.elements) + plan.calls * machine.call
+@lru_cache(maxsize=16384)
+def plans_of(form, shape, tokens):
+    """Every plan of a resolved form for a weight `shape` (out, in) and `tokens` tokens, the one that rebuilds it last."""
+    cores = form.paired({name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()})
+    reordered = [shape[axis == "columns"] for axis in form.reordered]  # sizes of the axes to reorder, for every token
+    found = [_priced(arrangement, cores, tokens, reordered) for arrangement in form.arrangements(shape)]
+    whole = Arrangement("rebuild", ((0, len(cores)),))
+    return (*found, _priced(whole, cores, tokens, [], math.prod(shape) * len(reordered)))
 
 
-def cheapest(plans, device="cpu"):
-    """The plan with the smallest predicted time.
+def _priced(arrangement, cores, tokens, reordered, moved=0):
+    name, groups, forward, turned = arrangement
+    build, merged = [Copy(moved)] * bool(moved), []
+    for first, end in groups:
+        build += _merge_steps(tuple(tuple(core.shape) for core in cores[first:end]))
+        merged.append(_merged_shape(cores[first:end]))
+    run = [Copy(tokens * size) for size in reordered]
+    columns = tokens * math.prod(core[2] for core in merged)  # numbers in the state
+    held = 0
+    for move in moves(merged, forward, turned):
+        if isinstance(move, Turn):
+            run.append(Copy(columns))
+            continue
+        first, end = groups[move.core]
+        sizes = [merged[move.core][axis] for axis in move.axes]
+        m, k = math.prod(sizes[:2]), math.prod(sizes[2:])
+        if end - first > 1 or not _is_view(cores[first], move.axes, m, k):
+            held += m * k
+            build += [Copy(m * k)] * (end - first == 1)
+        run.append(_product(m, k, columns // k, move))
+        columns = columns // k * m
+    return Plan(name, groups, forward, turned, tuple(build), tuple(run), held)
 
-    Exact: never a plan that is slower by the model than any other in the list.
+
+def _product(m, k, columns, move):
+    """A move as one product where the tokens' axis is the outer one, or as one a block of `width` columns."""
+    if move.width == 1 or (move.turned_in and move.turned_out):
+        return Product(columns, k, m)
+    return Product(m, k, move.width, columns // move.width)
+
+
+def _is_view(core, axes, m, k):
+    return core.permute(axes).reshape(m, k)._is_view()
+
+
+class Move(NamedTuple):
+    """A core as a matrix, and what it meets; see chain.Link."""
+
+    core: int
+    axes: tuple  # order of (r, o, i, s): the first two are the matrix's rows, the last two its columns
+    width: int
+    turned_in: bool = False
+    turned_out: bool = False
+
+
+def moves(sizes, forward, turned):
+    """The sweep over cores of these `sizes` (r, o, i, s): Moves, and Turns of the state.
+
+    The state of a token is an array whose axes are, from the first core on: outputs done, bond, inputs ahead (forward), or inputs
+    ahead, bond, outputs done. No step leaves the order that the next one reads: nothing is copied between cores, but for a Turn.
     """
-    return min(plans, key=lambda plan: seconds(plan, device))
+    return _rightward(sizes, turned) if forward else _leftward(sizes, turned)
 
 
-def choose(form, shape, tokens, device, rows=False):
-    """Name of the cheapest plan of `form` for a (out, in) `shape` at `tokens` tokens; `rows` for an embedding look-up.
+def _rightward(sizes, turned):
+    found, ahead, last = [], math.prod([size[2] for size in sizes]), len(sizes) - 1
+    for k, (r, _, i, _) in enumerate(sizes):
+        ahead //= i
+        if turned and k == last - 1:
+            found += [Turn(r * i, ahead), Move(k, (3, 1, 0, 2), ahead, True, True)]
+        elif turned and k == last:
+            found.append(Move(k, (1, 3, 2, 0), sizes[k - 1][1], False, True))
+        else:
+            found.append(Move(k, (1, 3, 0, 2), ahead))
+    return found
 
-    Cached, so that a forward pays a look-up. Under torch.compile the token count is symbolic: the plan for TRACED_TOKENS
-    is compiled once and serves all of them.
+
+def _leftward(sizes, turned):
+    found, done, last = [], 1, len(sizes) - 1
+    for k, (r, o, _, _) in reversed(list(enumerate(sizes))):
+        if turned and k == last:
+            found.append(Move(k, (1, 0, 2, 3), sizes[k - 1][2], True, False))
+        elif turned and k == last - 1:
+            found += [Move(k, (0, 1, 3, 2), done, True, True), Turn(done, r * o)]
+        else:
+            found.append(Move(k, (0, 1, 2, 3), done))
+        done *= o
+    return found
+
+
+def chain_of(cores, plan):
+    """The Chain that carries out a plan: for cores (r, o, i, s) without batch axes."""
+    merged = [merge(cores[first:end]) for first, end in plan.groups]
+    found = []
+    for move in moves([tuple(core.shape) for core in merged], plan.forward, plan.turned):
+        if isinstance(move, Turn):
+            found.append(move)
+            continue
+        core = merged[move.core].permute(move.axes)
+        matrix = core.reshape(core.shape[0] * core.shape[1], core.shape[2] * core.shape[3])
+        found.append(Link(matrix, move.width, move.turned_in, move.turned_out))
+    return Chain(found, math.prod([core.shape[-2] for core in merged]))
+
+
+def merge(cores):
+    """Neighboring cores as one: (…, r, o, i, s), … -> (…, r, o_1*o_2*…, i_1*i_2*…, s), by the cheapest order of products.
+
+    Exact: merging all cores of a weight gives (…, 1, out, in, 1).
     """
-    if torch.compiler.is_compiling():
-        return _traced(form, shape, device, rows)
-    return _cached(form, shape, bucket(tokens), device, rows)
+    if len(cores) == 1:
+        return cores[0]
+    sizes = [tuple(core.shape[-4:]) for core in cores]
+    whole, batch = _chained(cores, tuple(sizes)), cores[0].dim() - 4
+    pairs = [size for _, o, i, _ in sizes for size in (o, i)]
+    whole = whole.unflatten(-2, pairs)  # (…, r, o_1, i_1, o_2, i_2, …, s)
+    axes = range(batch + 1, batch + 1 + len(pairs))
+    whole = whole.permute(*range(batch + 1), *axes[::2], *axes[1::2], -1)
+    r, o, i, s = _merged_shape(cores)
+    return whole.reshape(*whole.shape[:batch], r, o, i, s)
 
 
-TRACED_TOKENS = 512
+def _chained(cores, sizes):
+    """Cores multiplied, every core's two modes side by side: (…, r, o_1*i_1*o_2*i_2*…, s)."""
+    if len(cores) == 1:
+        return cores[0].flatten(-3, -2)
+    at = _last_bond(sizes)
+    left, right = _chained(cores[:at], sizes[:at]), _chained(cores[at:], sizes[at:])
+    product = left.flatten(-3, -2) @ right.flatten(-2)  # (…, r*N, M*s)
+    return product.reshape(*left.shape[:-1], *right.shape[-2:]).flatten(-3, -2)
 
 
-@lru_cache(maxsize=65536)
-def _cached(form, shape, tokens, device, rows):
-    return cheapest(form.row_plans(shape, tokens) if rows else form.plans(shape, tokens), device).name
+@lru_cache(maxsize=16384)
+def _best_split(sizes):
+    """Fewest FLOPs that merge cores of these sizes, and the bond that is closed last."""
+    if len(sizes) == 1:
+        return 0, 0
+    modes = math.prod(o * i for _, o, i, _ in sizes)
+
+    def cost(at):
+        last = 2 * sizes[0][0] * modes * sizes[at][0] * sizes[-1][3]
+        return _best_split(sizes[:at])[0] + _best_split(sizes[at:])[0] + last
+
+    return min((cost(at), at) for at in range(1, len(sizes)))
 
 
-def _traced(form, shape, device, rows):
-    return _cached(form, shape, TRACED_TOKENS, device, rows)
+def _last_bond(sizes):
+    return _best_split(sizes)[1]
 
 
-_traced._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_result does, but that imports the compiler: seconds
+_last_bond._dynamo_marked_constant = True  # see choose.traced_plan
 
 
-def bucket(tokens):
-    """Token count rounded up to a power of two: plans change slowly, and the cache stays small."""
-    return 1 << max(0, tokens - 1).bit_length()
+def _merge_steps(sizes):
+    """Products and the copy of `merge`."""
+    if len(sizes) == 1:
+        return []
+    numbers = sizes[0][0] * math.prod(o * i for _, o, i, _ in sizes) * sizes[-1][3]
+    return [*_products(sizes), Copy(numbers)]
+
+
+def _products(sizes):
+    if len(sizes) == 1:
+        return []
+    at = _best_split(sizes)[1]
+    left, right = (math.prod(o * i for _, o, i, _ in part) for part in (sizes[:at], sizes[at:]))
+    last = Product(sizes[0][0] * left, sizes[at][0], right * sizes[-1][3])
+    return [*_products(sizes[:at]), *_products(sizes[at:]), last]
+
+
+def _merged_shape(cores):
+    outs, ins = ([core.shape[axis] for core in cores] for axis in (-3, -2))
+    return (cores[0].shape[-4], math.prod(outs), math.prod(ins), cores[-1].shape[-1])
+
+
+def partitions(count):
+    """Every way to cut `count` cores into runs of neighbors, but the one run of all: tuples of (first, one after the last)."""
+    found = []
+    for cuts in range(1, 1 << (count - 1)):
+        ends = [0, *[k + 1 for k in range(count - 1) if cuts >> k & 1], count]
+        found.append(tuple(itertools.pairwise(ends)))
+    return sorted(found, key=len, reverse=True)

@@ -8,19 +8,47 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 
-from tnlib.contract import Plan, choose
+from tnlib.applied import Applied
+from tnlib.contract import Arrangement, merge, plans_of
+from tnlib.lookup import row_plans_of
 from tnlib.shapes import ShapeError
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(Applied):
     """Base of LowRank, Kronecker, TensorTrain and TTMatrix. Shapes are always (out, in) of the weight replaced.
 
-    A format defines: resolve, factor_shapes, decompose, to_dense, plans, contract, rows (embedding look-up), and
-    _summands (how many products are summed into one entry of the weight). The rest follows and lives here.
+    A format defines: resolve, factor_shapes, decompose, `paired` (its factors as a train of cores, see contract.py),
+    `arrangements` (its plans), and _summands (how many products are summed into one entry of the weight). The rest follows.
     """
+
+    reordered = ()  # axes of the weight, "rows" or "columns", that have an order of their own
+
+    def arrangements(self, shape):
+        """Arrangement of every plan but "rebuild"; by default the sweep over the cores as they are, from either end."""
+        cores = tuple((k, k + 1) for k in range(len(self.paired(self._meta(shape)))))
+        return (Arrangement("left to right", cores), Arrangement("right to left", cores, forward=False))
+
+    def _meta(self, shape):
+        return {name: torch.empty(size, device="meta") for name, size in self.factor_shapes(shape).items()}
+
+    def to_dense(self, factors, shape):
+        """The weight (…, out, in) that the factors stand for; leading axes of the factors are a batch."""
+        whole = merge(self.paired(factors))  # (…, 1, out, in, 1)
+        return whole.squeeze(-1).squeeze(-3)
+
+    def row_groups(self, shape):
+        """(name, groups of cores merged) of every way to look up rows; by default one: a part of each core is gathered."""
+        return (("gather", self.arrangements(shape)[0].groups),)
+
+    def row_plans(self, shape, tokens):
+        """Every Plan to look up so many rows."""
+        return list(row_plans_of(self.resolve(shape), tuple(shape), tokens))
+
+    def plans(self, shape, tokens):
+        """Every Plan for so many tokens, "rebuild" (the weight, then one product) the last one."""
+        return list(plans_of(self.resolve(shape), tuple(shape), tokens))
 
     def num_params(self, shape):
         """Numbers stored for a weight of `shape` (out, in). Exact: equals the elements of the factors built."""
@@ -60,38 +88,11 @@ class Form:
         sizes = self.resolve(shape).index_shapes(shape).items()
         return {name: torch.arange(*size, dtype=torch.int32, device=device) for name, size in sizes}
 
-    def forward(self, x, factors, shape, between=None):
-        """x (…, in) -> (…, out) by the cheapest plan for this many tokens: contract the factors, or rebuild the weight.
-
-        between: a function of a tensor and its place, applied to the input and to each intermediate result; the plan is then
-            always the first contraction of `plans`, so that places mean the same for any number of tokens
-        """
-        flat = x.reshape(-1, shape[1])  # (tokens, in)
-        plan = choose(self, shape, flat.shape[0], x.device.type) if between is None else self.plans(shape, 1)[0].name
-        if between is not None:
-            y = self.contract(between(flat, "input"), factors, shape, plan, between)  # (tokens, out)
-        elif plan == "rebuild":
-            y = F.linear(flat, self.to_dense(factors, shape))  # (tokens, out)
-        else:
-            y = self.contract(flat, factors, shape, plan)  # (tokens, out)
-        return y.reshape(*x.shape[:-1], shape[0])
-
-    def _rebuild_plan(self, shape, tokens, build_flops):
-        """Plan 'rebuild': form the weight (read and written twice: product, then reordered), then one GEMM."""
-        out, width = shape
-        flops = 2 * tokens * out * width + build_flops
-        return Plan("rebuild", flops, 4 * out * width + tokens * (out + width), 4)
-
     def __str__(self):
         given = [
             f"{f.name}={_short(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
         ]
         return f"{type(self).__name__}({', '.join(given)})"
-
-
-def as_it_is(x, place):
-    """The `between` of a contraction whose intermediate results nobody changes."""
-    return x
 
 
 def _short(value):

@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
-from tnlib.contract import Plan
-from tnlib.form import Form, as_it_is, check_kept, measured_error, positive, refuse_init
+from tnlib.contract import Arrangement
+from tnlib.form import Form, check_kept, measured_error, positive, refuse_init
 from tnlib.permute import AXES, SEARCHES, permute_kronecker
 from tnlib.shapes import ShapeError, check_weight
 from tnlib.van_loan import KroneckerFit, nearest_kronecker, rearrange, sum_of_products
@@ -172,9 +171,14 @@ class Kronecker(Form):
         orders = {n: torch.stack(o).int().reshape(*weight.shape[:-2], -1) for n, o in kept.items()}
         return moved, {name: order.to(weight.device) for name, order in orders.items()}
 
+    def paired(self, factors):
+        """The factors as two cores, (…, 1, l0, l1, terms) and (…, terms, r0, r1, 1)."""
+        left, right = self._scaled_left(factors), factors["right"]  # (…, k, l0, l1), (…, k, r0, r1)
+        return [left.movedim(-3, -1)[..., None, :, :, :], right[..., None]]
+
     def to_dense(self, factors, shape):
         """The weight (…, out, in) that the factors stand for, by one GEMM over the terms."""
-        dense = sum_of_products(self._scaled_left(factors), factors["right"])
+        dense = super().to_dense(factors, shape)
         if "row_order" in factors:
             dense = _take(dense, factors["row_order"], -2)
         return self._back(dense, factors)
@@ -187,56 +191,39 @@ class Kronecker(Form):
         left = factors["left"]
         return left * factors["scale"][..., None, None] if self.scaled else left  # (…, terms, l0, l1)
 
-    def plans(self, shape, tokens):
-        """'left first', 'right first': two contractions, all terms at once; 'rebuild': the weight, then one GEMM."""
-        (l0, l1), (r0, r1), k = self.left, self.right, self.terms
-        ordered = sum(size for (size,) in self.index_shapes(shape).values())  # axes to reorder, each read and written
-        ends = tokens * (shape[0] + shape[1] + 2 * ordered) + k * (l0 * l1 + r0 * r1)
-        left = Plan(
-            "left first",
-            2 * tokens * k * l0 * r1 * (l1 + r0),
-            ends + tokens * (shape[1] * (r1 > 1) + 4 * k * l0 * r1),
-            4,
-        )
-        right = Plan(
-            "right first", 2 * tokens * k * l1 * r0 * (r1 + l0), ends + tokens * (2 * shape[0] + 4 * k * l1 * r0), 4
-        )
-        rebuild = self._rebuild_plan(shape, tokens, 2 * k * math.prod(shape))
-        moved = 2 * math.prod(shape) * len(self.index_shapes(shape))
-        return [left, right, replace(rebuild, elements=rebuild.elements + moved)]
+    @property
+    def reordered(self):
+        """Axes of the weight that have an order of their own."""
+        return AXES.get(self.permute, ())
 
-    def contract(self, x, factors, shape, plan="left first", between=as_it_is):
-        """x (tokens, in) -> (tokens, out): y[i, j] = sum_{k, p, q} left[k, i, p] right[k, j, q] x[p, q].
+    def arrangements(self, shape):
+        """'left first', 'right first': all terms at once, the other factor next; 'turned' for a small right factor."""
+        cores = ((0, 1), (1, 2))
+        found = [Arrangement("left first", cores), Arrangement("right first", cores, forward=False)]
+        if self.right[1] > 1:
+            found.append(Arrangement("left first, turned", cores, turned=True))
+        if self.right[0] > 1:
+            found.append(Arrangement("right first, turned", cores, forward=False, turned=True))
+        return tuple(found)
 
-        With orders, x is taken in column order first and y in row order last.
-        """
-        (l0, l1), (r0, r1), k = self.left, self.right, self.terms
-        a, b = self._scaled_left(factors), factors["right"]  # (k, l0, l1), (k, r0, r1)
-        if "column_order" in factors:
-            x = x.index_select(1, factors["column_order"])
-        x = x.reshape(-1, l1, r1)  # (tokens, l1, r1)
-        if plan == "left first":
-            z = F.linear(x.transpose(1, 2), a.reshape(k * l0, l1))  # (tokens, r1, k*l0)
-            z = z.reshape(-1, r1 * k, l0).transpose(1, 2)  # (tokens, l0, r1*k)
-            y = between(z, "left") @ b.permute(2, 0, 1).reshape(r1 * k, r0)  # (tokens, l0, r0)
-        else:
-            z = F.linear(x, b.reshape(k * r0, r1)).reshape(-1, l1 * k, r0)  # (tokens, l1*k, r0)
-            y = a.permute(1, 2, 0).reshape(l0, l1 * k) @ between(z, "right")  # (tokens, l0, r0)
-        y = y.reshape(-1, shape[0])  # (tokens, out)
-        return y.index_select(1, factors["row_order"]) if "row_order" in factors else y
+    def places(self, shape):
+        """The one intermediate result."""
+        return ("left",)
 
-    def row_plans(self, shape, tokens):
-        """One way to look up rows: gather from both factors, multiply."""
-        return [Plan("gather", 2 * tokens * self.terms * shape[1], 2 * tokens * self.terms * shape[1], 4)]
+    def _enter(self, x, factors):
+        return x.index_select(1, factors["column_order"]) if "column_order" in factors else x
 
-    def rows(self, ids, factors, shape, plan="gather"):
+    def _leave(self, y, factors, shape):
+        return y.index_select(1, factors["row_order"])
+
+    def _ends_elsewhere(self, shape):
+        return "rows" in self.reordered
+
+    def rows(self, ids, factors, shape, plan=None, kept=None, room=0):
         """Rows `ids` (tokens,) of the weight, without building it: (tokens, in)."""
-        a, b = self._scaled_left(factors), factors["right"]
         if "row_order" in factors:
             ids = factors["row_order"][ids]
-        outer, inner = ids // self.right[0], ids % self.right[0]
-        a, b = a[:, outer].movedim(0, -1), b[:, inner].movedim(0, -2)  # (tokens, l1, k), (tokens, k, r1)
-        return self._back((a @ b).reshape(-1, shape[1]), factors)  # (tokens, in)
+        return self._back(super().rows(ids, factors, shape, plan, kept, room), factors)  # (tokens, in)
 
 
 def _take(x, order, dim):

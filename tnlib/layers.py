@@ -4,12 +4,14 @@ A layer knows its form (shapes and ranks), its (out, in) shape and the dense cla
 budgets or quantization.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tnlib.contract import choose
 from tnlib.form import Form, measured_error
+from tnlib.kept import Kept
 from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
 
 
@@ -24,7 +26,13 @@ class _Factorized(nn.Module):
         self.form = form.resolve(self.shape)
         self.error = None  # relative Frobenius error of the decomposition this layer came from; None if drawn at random
         self.between = None  # module applied to the input and to intermediate results, see Form.forward
-        for name, size in self.form.factor_shapes(self.shape).items():
+        self.plan = None  # name of the plan of contraction to take; None: the fastest for so many tokens
+        self.materialize = "auto"  # what to keep in evaluation, see materialize_
+        self.kept = Kept()
+        sizes = self.form.factor_shapes(self.shape)
+        self._names = (tuple(sizes), tuple(self.form.index_shapes(self.shape)))  # of factors, of orders
+        self._spare = max(0, math.prod(self.shape) - self.form.num_params(self.shape))
+        for name, size in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
         for name, order in self.form.natural_orders(self.shape, device).items():
             self.register_buffer(name, order)
@@ -34,12 +42,12 @@ class _Factorized(nn.Module):
     @property
     def factors(self):
         """The trainable tensors by name."""
-        return {name: getattr(self, name) for name in self.form.factor_shapes(self.shape)}
+        return {name: getattr(self, name) for name in self._names[0]}
 
     @property
     def orders(self):
         """Row and column orders by name, integer buffers; empty for a form that does not permute."""
-        return {name: getattr(self, name) for name in self.form.index_shapes(self.shape)}
+        return {name: getattr(self, name) for name in self._names[1]}
 
     @property
     def operands(self):
@@ -50,6 +58,22 @@ class _Factorized(nn.Module):
     def weight(self):
         """The (out, in) weight that the factors stand for, rebuilt at every access; gradients flow to the factors."""
         return self.form.to_dense(self.operands, self.shape)
+
+    def train(self, mode=True):
+        """As in torch; what was kept for evaluation is given back."""
+        if mode:
+            self.kept.clear()
+        return super().train(mode)
+
+    def _room(self, operands):
+        """Numbers that may be kept in this call: none in training, nor of factors that are computed at every access."""
+        if self.training or self.materialize == "never" or "parametrizations" in self._modules:
+            return 0
+        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands.values()):
+            return 0
+        if any(operand.is_inference() for operand in operands.values()):
+            return 0  # torch does not count their changes
+        return math.inf if self.materialize == "always" else self._spare
 
     def num_params(self):
         """Numbers stored: factors and bias. Exact: equals the elements of the layer's own parameters."""
@@ -139,8 +163,8 @@ class FactorizedLinear(_Factorized):
         operands = self.operands
         if x.numel() == 0 or not operands:
             return F.linear(x, self.weight, self.bias)
-        y = self.form.forward(x, operands, self.shape, self.between)
-        return y if self.bias is None else y + self.bias
+        room = self._room(operands)
+        return self.form.forward(x, operands, self.shape, self.bias, self.between, self.plan, self.kept, room)
 
 
 class FactorizedEmbedding(_Factorized):
@@ -182,13 +206,13 @@ class FactorizedEmbedding(_Factorized):
         if (
             not torch.compiler.is_compiling()
             and flat.device.type == "cpu"
-            and not 0 <= int(flat.min()) <= int(flat.max()) < self.shape[0]
+            and not 0 <= (ends := [int(end) for end in flat.aminmax()])[0] <= ends[1] < self.shape[0]
         ):
             raise IndexError(
-                f"FactorizedEmbedding: got ids {int(flat.min())}..{int(flat.max())}; needed 0..{self.shape[0] - 1}."
+                f"FactorizedEmbedding: got ids {ends[0]}..{ends[1]}; needed 0..{self.shape[0] - 1}."
             )
-        plan = choose(self.form, self.shape, flat.numel(), flat.device.type, rows=True)
-        rows = self.form.rows(flat, self.operands, self.shape, plan)  # (tokens, dim)
+        operands = self.operands
+        rows = self.form.rows(flat, operands, self.shape, self.plan, self.kept, self._room(operands))  # (tokens, dim)
         return rows.reshape(*ids.shape, self.shape[1])
 
 

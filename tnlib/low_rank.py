@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tnlib.contract import Plan
-from tnlib.form import Form, as_it_is, check_kept, positive, refuse_init, relative
+from tnlib.contract import Arrangement
+from tnlib.form import Form, check_kept, positive, refuse_init, relative
 from tnlib.shapes import ShapeError, check_weight
 from tnlib.spectrum import truncate
 
@@ -87,29 +87,15 @@ class LowRank(Form):
         left, right, error = low_rank(weight, self.rank)
         return {"left": left, "right": right}, error
 
-    def to_dense(self, factors, shape):
-        """The weight (out, in) that the factors stand for."""
-        return factors["left"] @ factors["right"]
+    def paired(self, factors):
+        """The factors as two cores, (…, 1, 1, in, rank) and (…, rank, out, 1, 1)."""
+        left, right = factors["left"], factors["right"]
+        return [right.mT[..., None, None, :, :], left.mT[..., :, :, None, None]]
 
-    def plans(self, shape, tokens):
-        """'factors': two thin GEMMs; 'rebuild': the weight, then one."""
-        out, width = shape
-        thin = Plan(
-            "factors",
-            2 * tokens * self.rank * (out + width),
-            (tokens + self.rank) * (out + width) + 2 * tokens * self.rank,
-            2,
-        )
-        return [thin, self._rebuild_plan(shape, tokens, 2 * out * self.rank * width)]
+    def arrangements(self, shape):
+        """'factors': two thin products."""
+        return (Arrangement("factors", ((0, 1), (1, 2))),)
 
-    def contract(self, x, factors, shape, plan="factors", between=as_it_is):
-        """x (tokens, in) -> (tokens, out)."""
-        return F.linear(between(F.linear(x, factors["right"]), "rank"), factors["left"])  # (tokens, rank) -> (tokens, out)
-
-    def row_plans(self, shape, tokens):
-        """One way to look up rows: gather left, multiply."""
-        return [Plan("gather", 2 * tokens * self.rank * shape[1], tokens * (self.rank + shape[1]), 2)]
-
-    def rows(self, ids, factors, shape, plan="gather"):
-        """Rows `ids` (tokens,) of the weight, without building it: (tokens, in)."""
-        return F.embedding(ids, factors["left"]) @ factors["right"]
+    def places(self, shape):
+        """The one intermediate result."""
+        return ("rank",)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tnlib.contract import Plan
-from tnlib.form import Form, as_it_is, check_kept, largest, positive, refuse_init, relative
+from tnlib.contract import Arrangement
+from tnlib.form import Form, check_kept, largest, positive, refuse_init, relative
 from tnlib.shapes import ShapeError, balanced_modes, check_weight
 from tnlib.spectrum import truncate
 from tnlib.sweeps import als
@@ -241,46 +241,22 @@ class TensorTrain(_Train):
         cores, error = best_train("TensorTrain", tensor, self.ranks, init, len(batch))
         return self._named(cores), error
 
-    def _halves(self, factors):
-        cores = names(factors)
-        return merge_left(cores[: len(self.in_modes)]), merge_right(
-            cores[len(self.in_modes) :]
-        )  # (…, in, r), (…, r, out)
+    def paired(self, factors):
+        """The cores with a mode of size 1 on the side that they do not have: (…, r, 1, n, r'), then (…, r, n, 1, r')."""
+        cores, d = names(factors), len(self.in_modes)
+        return [core.unsqueeze(-3) if k < d else core.unsqueeze(-2) for k, core in enumerate(cores)]
 
-    def to_dense(self, factors, shape):
-        """The weight (…, out, in) that the cores stand for."""
-        left, right = self._halves(factors)
-        return (left @ right).mT
+    def arrangements(self, shape):
+        """'halves': merge each half, two thin products; 'left to right': core by core."""
+        d, count = len(self.in_modes), len(self._modes())
+        halves = Arrangement("halves", ((0, d), (d, count)))
+        return (halves, *super().arrangements(shape)[:1]) if count > 2 else (halves,)
 
-    def _merge_flops(self, shape):
-        """Cost of merging both halves, one GEMM a core; independent of the tokens."""
-        total, d = 0, len(self.in_modes)
-        for k in range(1, d):
-            total += 2 * math.prod(self.in_modes[: k + 1]) * self.ranks[k] * self.ranks[k + 1]
-        for k in range(len(self.out_modes) - 1):
-            total += 2 * math.prod(self.out_modes[k:]) * self.ranks[d + k] * self.ranks[d + k + 1]
-        return total
+    def places(self, shape):
+        """The one intermediate result."""
+        return ("rank",)
 
-    def plans(self, shape, tokens):
-        """'halves': merge each half, two thin GEMMs; 'rebuild': the weight, then one."""
-        out, width = shape
-        merge, r = self._merge_flops(shape), self.middle_rank
-        moved = (tokens + 2 * r) * (out + width) + 2 * tokens * r
-        halves = Plan("halves", 2 * tokens * r * (out + width) + merge, moved, 2 * len(self.ranks))
-        return [halves, self._rebuild_plan(shape, tokens, 2 * out * r * width + merge)]
-
-    def contract(self, x, factors, shape, plan="halves", between=as_it_is):
-        """x (tokens, in) -> (tokens, out)."""
-        left, right = self._halves(factors)
-        return between(x @ left, "rank") @ right  # (tokens, r) -> (tokens, out)
-
-    def row_plans(self, shape, tokens):
-        """One way to look up rows: merge the halves, gather columns of R."""
-        return [
-            Plan("halves", 2 * tokens * self.middle_rank * shape[1] + self._merge_flops(shape), tokens * shape[1], 6)
-        ]
-
-    def rows(self, ids, factors, shape, plan="halves"):
-        """Rows `ids` (tokens,) of the weight: (tokens, in)."""
-        left, right = self._halves(factors)
-        return F.embedding(ids, right.mT) @ left.mT  # (tokens, r) -> (tokens, in)
+    def row_groups(self, shape):
+        """'halves': merge the halves, gather columns of the second."""
+        d, count = len(self.in_modes), len(self._modes())
+        return (("halves", ((0, d), (d, count))),)

@@ -1,0 +1,207 @@
+"""Carrying out a plan: one small matrix after the other, each times a batch of blocks of the tokens' state.
+
+Tokens go through the whole chain in groups whose largest intermediate result stays in the cache. Training keeps of the
+intermediate results only those that are no larger than the input, and computes the others again.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+GROUP = 4 << 20  # bytes of a group's largest intermediate result on a CPU: what its caches hold
+GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are worth more
+
+
+class Link(NamedTuple):
+    """A matrix (m, k) and the blocks (k, width) of the state that it multiplies, each giving (m, width)."""
+
+    matrix: torch.Tensor
+    width: int
+    turned_in: bool = False  # blocks are held as (width, k)
+    turned_out: bool = False  # they are to be given as (width, m)
+
+
+class Turn(NamedTuple):
+    """Blocks (rows, columns) of the state copied as (columns, rows)."""
+
+    rows: int
+    columns: int
+
+
+class Chain:
+    """Links and Turns for tokens of `width` numbers."""
+
+    def __init__(self, links, width):
+        self.links = links
+        self.matrices = [link.matrix for link in links if isinstance(link, Link)]
+        self.sizes = [width]  # numbers a token has before, between and after the links
+        for link in links:
+            m, k = (1, 1) if isinstance(link, Turn) else link.matrix.shape
+            self.sizes.append(self.sizes[-1] // k * m)
+
+    def groups(self, x):
+        """Slices of the tokens, of about equal sizes; one for all if they are few."""
+        limit = GROUP if x.device.type == "cpu" else GROUP_ELSEWHERE
+        count = -(-len(x) * max(self.sizes) * x.element_size() // limit)
+        step = -(-len(x) // max(1, count))
+        return [slice(start, start + step) for start in range(0, len(x), step)]
+
+    def bare(self):
+        """The same without matrices."""
+        found = Chain([], self.sizes[0])
+        found.links = [link if isinstance(link, Turn) else link._replace(matrix=None) for link in self.links]
+        found.sizes = self.sizes
+        return found
+
+    def filled(self, matrices):
+        """A bare chain with matrices again."""
+        given = iter(matrices)
+        links = [link if isinstance(link, Turn) else link._replace(matrix=next(given)) for link in self.links]
+        return Chain(links, self.sizes[0])
+
+
+def run(x, chain, bias=None, between=None):
+    """x (tokens, in) through a Chain, plus bias: (tokens, out).
+
+    between: a function of (state, number of the link), applied to what every link but the last gives
+    Exact: with one link, x @ matrix.T + bias; intermediate results kept for the backward pass are no larger than x.
+    """
+    if len(chain.links) == 1:
+        return F.linear(x, chain.matrices[0], bias)
+    x = x.contiguous()
+    if torch.compiler.is_compiling():
+        for link in chain.links:
+            x = _apply(link, x)
+        return x if bias is None else x + bias
+    if between is None:
+        return _recorded(x, chain, bias)
+    count = 0
+    for link in chain.links:
+        x = _recorded(x, Chain([link], x.shape[1]))
+        if isinstance(link, Link):
+            count += 1
+            x = between(x, count - 1) if count < len(chain.matrices) else x
+    return x if bias is None else x + bias
+
+
+def _recorded(x, chain, bias=None):
+    """The chain as one operation of the autograd graph, where there is one."""
+    if torch.is_grad_enabled():
+        if x.requires_grad or (bias is not None and bias.requires_grad) or any(m.requires_grad for m in chain.matrices):
+            return _Chain.apply(chain.bare(), x, bias, *chain.matrices)
+    return _forward(x, chain, bias)
+
+
+class _Chain(torch.autograd.Function):
+    """`run` with a backward pass of its own: torch's, for a matrix that many blocks share, makes a copy of it per block."""
+
+    @staticmethod
+    def forward(ctx, bare, x, bias, *matrices):
+        ctx.bare = bare
+        states = [x.new_empty(len(x), size) if size <= x.shape[1] else None for size in bare.sizes[1:-1]]
+        y = _forward(x, bare.filled(matrices), bias, states)
+        ctx.save_for_backward(x, *matrices, *(state for state in states if state is not None))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wants_x, wants_bias, *wants = ctx.needs_input_grad[1:]
+        x, *saved = ctx.saved_tensors
+        kept = iter(saved[len(wants) :])
+        states = [next(kept) if size <= x.shape[1] else None for size in ctx.bare.sizes[1:-1]]
+        chain = ctx.bare.filled(saved[: len(wants)])
+        gx, gradients = _backward(x, chain, states, grad.contiguous(), wants_x, wants)
+        return None, gx, grad.sum(0) if wants_bias else None, *gradients
+
+
+def _forward(x, chain, bias=None, states=None):
+    """y (tokens, out); `states`: for each intermediate result a tensor (tokens, size) to fill, or None."""
+    groups = chain.groups(x)
+    if states is None and len(groups) == 1:
+        for link in chain.links:
+            x = _apply(link, x)
+        return x if bias is None else x.add_(bias)
+    y = x.new_empty(len(x), chain.sizes[-1])
+    places = [*(states or [None] * (len(chain.links) - 1)), y]
+    for group in groups:
+        state = x[group]
+        for link, place in zip(chain.links, places):
+            state = _apply(link, state, None if place is None else place[group])
+        if bias is not None:
+            y[group] += bias
+    return y
+
+
+def _apply(link, state, out=None):
+    """One link or turn: (tokens, size) -> (tokens, size'), both contiguous."""
+    if isinstance(link, Turn):
+        turned = state.view(-1, link.rows, link.columns).mT
+        found = turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
+        return found.view(len(state), -1)
+    matrix, width, turned_in, turned_out = link
+    m, k = matrix.shape
+    if width == 1 or (turned_in and turned_out):
+        found = torch.mm(state.view(-1, k), matrix.t(), out=None if out is None else out.view(-1, m))
+        return found.view(len(state), -1)
+    blocks = state.view(-1, width, k).mT if turned_in else state.view(-1, k, width)
+    if turned_out:
+        shape, pair = (len(blocks), width, m), (blocks.mT, matrix.t().expand(len(blocks), k, m))
+    else:
+        shape, pair = (len(blocks), m, width), (matrix.expand(len(blocks), m, k), blocks)
+    return torch.bmm(*pair, out=None if out is None else out.view(shape)).view(len(state), -1)
+
+
+def _backward(x, chain, states, grad, wants_x, wants):
+    """Gradients of x (or None) and of the matrices (None where not wanted), group by group."""
+    groups = chain.groups(x)
+    sums = [_zeros(matrix, len(groups)) if want else None for matrix, want in zip(chain.matrices, wants)]
+    gx = torch.empty_like(x) if wants_x else None
+    for group in groups:
+        state, before = x[group], [x[group]]  # what each link saw
+        for link, held in zip(chain.links[:-1], states):
+            state = _apply(link, state) if held is None else held[group]
+            before.append(state)
+        g, number = grad[group], len(sums)
+        for at in reversed(range(len(before))):
+            link, seen = chain.links[at], before.pop()
+            if isinstance(link, Link):
+                number -= 1
+                if sums[number] is not None:
+                    _add_matrix_grad(sums[number], link, g, seen)
+            if at or wants_x:
+                g = _apply(_transposed(link), g, gx[group] if at == 0 else None)
+    return gx, [None if total is None else total.to(m.dtype) for total, m in zip(sums, chain.matrices)]
+
+
+def _zeros(matrix, groups):
+    """Where a gradient is summed up, in float32 if groups of half precision follow each other."""
+    half = groups > 1 and matrix.dtype in (torch.float16, torch.bfloat16)
+    return torch.zeros(matrix.shape, dtype=torch.float32 if half else matrix.dtype, device=matrix.device)
+
+
+def _transposed(link):
+    """The link that takes gradients back."""
+    if isinstance(link, Turn):
+        return Turn(link.columns, link.rows)
+    return Link(link.matrix.t(), link.width, link.turned_out, link.turned_in)
+
+
+def _add_matrix_grad(total, link, grad, seen):
+    """total (m, k) += the sum of grad (m, width) times seen (k, width) transposed, over all blocks."""
+    matrix, width, turned_in, turned_out = link
+    m, k = matrix.shape
+    if width == 1:
+        turned_in = turned_out = True
+    g = grad.view(-1, width, m) if turned_out else grad.view(-1, m, width).mT  # (blocks, width, m)
+    s = seen.view(-1, width, k) if turned_in else seen.view(-1, k, width).mT  # (blocks, width, k)
+    if not (turned_in and turned_out) and m * k <= (m + k) * width:
+        total += torch.bmm(g.mT, s).sum(0)
+    else:
+        g, s = g.reshape(-1, m), s.reshape(-1, k)
+        if total.dtype == grad.dtype:
+            total.addmm_(g.t(), s)
+        else:
+            total += g.t() @ s

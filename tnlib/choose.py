@@ -1,0 +1,119 @@
+"""Which plan a layer takes for so many tokens: the model of machine.py prunes, and what is left is timed once.
+
+The winner is remembered for the form, shape, power of two of tokens, dtype, device and whether gradients are needed, on disk:
+an interrupted run that goes on computes the same bits as one that was not. Nothing is timed while a graph is captured or compiled,
+or when torch is told to use deterministic algorithms; then the model decides alone.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from tnlib.contract import plans_of
+from tnlib.lookup import row_plans_of
+from tnlib.machine import TYPICAL, machine, recall, remember
+
+SURVIVORS = 4  # plans that are timed, at most
+CLOSE = 2.5  # times the best prediction within which a plan survives
+WORTH_TIMING = 2e-5  # seconds a call must be predicted to take before plans are timed
+TRACED_TOKENS = 512  # what a compiled graph, whose token count is symbolic, is planned for
+ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a choice depends on."""
+
+    form: object
+    shape: tuple
+    tokens: int  # rounded up to a power of two
+    device: str
+    dtype: torch.dtype
+    grad: bool
+    room: float  # numbers that may be kept from one call to the next
+    rows: bool = False  # rows are looked up, nothing is multiplied
+
+    @property
+    def key(self):
+        room = f", {self.room} kept" if self.room else ""
+        grad = ", with gradients" if self.grad else ""
+        tokens = f"{self.tokens} {'rows' if self.rows else 'tokens'}"
+        return f"{self.device} {self.dtype} {self.form} {self.shape}, {tokens}{grad}{room}"
+
+    def plans(self):
+        """(predicted seconds, plan) of every plan, fastest first. Of what is kept, building is free."""
+        rates = machine(self.device, self.dtype)
+        times = 3 if self.grad else 1  # a backward pass is two products for each one
+        every = (row_plans_of if self.rows else plans_of)(self.form, self.shape, self.tokens)
+        priced = [(times * rates.seconds(plan, not self.room or plan.held > self.room), plan) for plan in every]
+        return sorted(priced, key=lambda pair: pair[0])
+
+
+_chosen = {}
+
+
+def choose(case, attempt=None):
+    """The plan for a Case.
+
+    attempt: called with a plan, gives a function that runs it once, to be timed; None: the model decides alone
+    Exact: never a plan predicted to take more than CLOSE times the fastest prediction.
+    """
+    plan = _chosen.get((case, attempt is None))
+    if plan is None:
+        plan = _chosen[case, attempt is None] = _decide(case, attempt)
+    return plan
+
+
+def _decide(case, attempt):
+    priced = case.plans()
+    best = priced[0][0]
+    left = [plan for seconds, plan in priced[:SURVIVORS] if seconds <= CLOSE * best]
+    if len(left) == 1 or best < WORTH_TIMING or attempt is None or _must_not_time(case.device):
+        return left[0]
+    known = recall(case.device, case.key)
+    if known is None:
+        times = time_in_turns([attempt(plan) for plan in left], case.device)
+        fastest = left[times.index(min(times))]
+        known = remember(case.device, case.key, fastest.name)
+    return next((plan for _, plan in priced if plan.name == known), left[0])
+
+
+def _must_not_time(device):
+    captured = device.startswith("cuda") and torch.cuda.is_current_stream_capturing()
+    return captured or torch.are_deterministic_algorithms_enabled()
+
+
+def time_in_turns(functions, device, rounds=ROUNDS):
+    """Seconds of the fastest of a few runs of each function, taken in turns: a slow moment falls on all of them."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    for function in functions:
+        function()
+    times, inner = [math.inf] * len(functions), [1] * len(functions)
+    for number in range(rounds):
+        for at, function in enumerate(functions):
+            wait()
+            start = time.perf_counter()
+            for _ in range(inner[at]):
+                function()
+            wait()
+            took = (time.perf_counter() - start) / inner[at]
+            times[at] = min(times[at], took)
+            if number == 0:
+                inner[at] = max(1, min(20, int(1e-3 / max(took, 1e-7))))
+    return times
+
+
+def bucket(tokens):
+    """Token count rounded up to a power of two: plans change slowly, and the store stays small."""
+    return 1 << max(0, tokens - 1).bit_length()
+
+
+def traced_plan(form, shape, device):
+    """Name of the plan that a compiled graph takes, by the typical machine: one plan for all token counts."""
+    rates = TYPICAL.get(device, TYPICAL["cpu"])
+    return min(plans_of(form, shape, TRACED_TOKENS), key=rates.seconds).name
+
+
+traced_plan._dynamo_marked_constant = True  # all that torch.compiler.assume_constant_result does, but that imports the compiler: seconds

@@ -1,0 +1,45 @@
+"""What a layer in evaluation keeps from one call to the next: matrices in the layout of a plan, or the whole weight."""
+
+POLICIES = ("auto", "never", "always")
+
+
+class Kept:
+    """Results of building, by name, valid as long as the tensors that they were built from are the same and unchanged.
+
+    Copies and pickles of a layer start without them.
+    """
+
+    def __init__(self):
+        self.plans = {}  # chosen for so many tokens, by what the choice depends on
+        self.clear()
+
+    def clear(self):
+        """Forget what was built."""
+        self._built, self._sizes, self._sources, self._stamp = {}, {}, (), None
+
+    @property
+    def numbers(self):
+        """Numbers kept, of factors themselves not counted."""
+        return sum(self._sizes.values())
+
+    def fetch(self, name, sources, numbers, room, build):
+        """build(), kept under `name`.
+
+        sources: the tensors that build() reads; held, so that no other can take their place in memory
+        numbers: how many build() makes; room: how many may be kept in all. What was kept before makes room
+        """
+        stamp = [(id(source), source._version, source.data_ptr()) for source in sources]
+        if stamp != self._stamp:
+            self.clear()
+            self._sources, self._stamp = tuple(sources), stamp
+        if name not in self._built:
+            if self.numbers + numbers > room:
+                self._built, self._sizes = {}, {}
+            self._built[name], self._sizes[name] = build(), numbers
+        return self._built[name]
+
+    def __deepcopy__(self, memo):
+        return Kept()
+
+    def __reduce__(self):
+        return (Kept, ())

@@ -1,0 +1,172 @@
+"""What this machine does a second, measured once and kept in the cache folder, with the plans that won when they were timed.
+
+A plan's time is modeled step by step: a matrix product takes its arithmetic at the rate that products of its smallest side
+reach, or its traffic at the rate of memory, whichever is longer; and every call costs something.
+"""
+
+import bisect
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from tnlib.assets import cache_dir
+from tnlib.contract import Product
+
+SIDES = (1, 4, 16, 64, 512)
+BORDER = 32 << 20  # bytes from which on a result is fresh memory from the system at every call
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates by which plans are priced."""
+
+    products: tuple  # FLOPs a second of one product whose smallest side is 1, 4, 16, 64, 512
+    batches: tuple  # the same for a batch of products with such a side, the others 64
+    cached: float  # numbers a second read, or written, below BORDER
+    streamed: float  # beyond it
+    call: float  # seconds a call costs
+
+    def seconds(self, plan, built=True):
+        """Predicted time of a plan; built=False: what it builds is at hand."""
+        return sum(self._step(step) for step in (*(plan.build if built else ()), *plan.run))
+
+    def _step(self, step):
+        if not isinstance(step, Product):
+            return self.call + self._move(2 * step.numbers)
+        m, k, n, batch = step.m, step.k, step.n, step.batch
+        rate = _between(min(m, k, n), self.batches if batch > 1 else self.products)
+        return self.call + max(step.flops / rate, self._move(m * k + batch * (k * n + m * n)))
+
+    def _move(self, numbers):
+        return numbers / (self.cached if 4 * numbers < BORDER else self.streamed)
+
+
+def _between(side, rates):
+    """Rate for a smallest side between the measured ones, linear in logarithms."""
+    at = bisect.bisect_left(SIDES, side)
+    if at == 0 or at == len(SIDES):
+        return rates[min(at, len(SIDES) - 1)]
+    share = math.log(side / SIDES[at - 1]) / math.log(SIDES[at] / SIDES[at - 1])
+    return rates[at - 1] ** (1 - share) * rates[at] ** share
+
+
+# Where nothing may be measured, while a graph is captured: a 2-core x86 server in float32, an H100-class GPU in bfloat16.
+TYPICAL = {
+    "cpu": Machine((1e9, 8e9, 4e10, 9e10, 1.3e11), (1e9, 4e9, 2e10, 6e10, 1e11), 3e9, 8e8, 4e-6),
+    "cuda": Machine((1e11, 1e12, 1e13, 5e13, 3e14), (1e11, 1e12, 1e13, 5e13, 3e14), 1e12, 1e12, 5e-6),
+}
+
+
+def machine(device, dtype):
+    """The rates of a device ("cpu", "cuda", "cuda:1") for a dtype, measured at first use: about half a second, once a machine."""
+    return _machine(str(device), dtype, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=64)
+def _machine(device, dtype, threads):
+    name = f"{device.partition(':')[0]} {dtype} rates"
+    known = recall(device, name)
+    if known is None:
+        known = remember(device, name, asdict(_measured(device, dtype)))
+    return Machine(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+
+
+def _measured(device, dtype):
+    def numbers(*shape):
+        return torch.full(shape, 0.5, device=device, dtype=dtype)
+
+    def rate(*shapes):
+        a, b = (numbers(*shape) for shape in shapes)
+        return 2 * a.numel() * b.shape[-1] / best_time(lambda: a @ b, device)
+
+    small, large = numbers(1 << 17), numbers(1 << 24)
+    tiny = numbers(1, 1)
+    return Machine(
+        products=tuple(rate((512, side), (side, 512)) for side in SIDES),
+        batches=tuple(rate((256, 64, 64), (256, 64, min(side, 64))) for side in SIDES),
+        cached=2 * small.numel() / best_time(small.clone, device),
+        streamed=2 * large.numel() / best_time(large.clone, device, repeats=2),
+        call=best_time(lambda: tiny @ tiny, device),
+    )
+
+
+def best_time(fn, device, repeats=5):
+    """Seconds of the fastest of a few runs of fn(), each long enough for the clock."""
+    wait = torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+    fn()
+    wait()
+    start = time.perf_counter()
+    fn()
+    wait()
+    inner = max(1, min(100, int(2e-4 / max(1e-7, time.perf_counter() - start))))
+    found = math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(inner):
+            fn()
+        wait()
+        found = min(found, (time.perf_counter() - start) / inner)
+    return found
+
+
+def recall(device, key):
+    """What was remembered for this machine under `key`, or None."""
+    return _memory(*_place(device)).get(key)
+
+
+def remember(device, key, value):
+    """Keep a value for later processes and return it; or what another process kept meanwhile, so that all do the same.
+
+    A folder that cannot be written loses nothing but the time to measure again.
+    """
+    path, memory = _place(device)[0], _memory(*_place(device))
+    with contextlib.suppress(OSError):
+        from filelock import FileLock  # of huggingface_hub, which transformers needs
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            memory.update(_read(path))
+            memory.setdefault(key, value)
+            part = path.with_name(f"{path.name}.{os.getpid()}")
+            part.write_text(json.dumps(memory, indent=1), encoding="utf-8")
+            part.replace(path)
+    return memory.setdefault(key, value)
+
+
+def _place(device):
+    """The file of this machine with so many threads, and what it is about."""
+    device = str(device)
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    about = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    return cache_dir() / "machines" / f"{hashlib.sha256(about.encode()).hexdigest()[:12]}.json", about
+
+
+@functools.lru_cache(maxsize=1)
+def _processor():
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+@functools.lru_cache(maxsize=16)
+def _memory(path, about):
+    return {"machine": about} | _read(path)
+
+
+def _read(path):
+    """The file's content; nothing if there is none, or if somebody damaged it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
