@@ -14,7 +14,7 @@ RUNGS = [
     ["lookup", "machine"],
     ["choose"],
     ["applied"],
-    ["form", "data", "teacher", "encode", "score", "checkpoint_files"],
+    ["form", "explain", "data", "teacher", "encode", "score", "checkpoint_files"],
     ["van_loan", "sweeps", "token_file", "tasks", "predict", "rouge", "summaries"],
     ["arrange"],
     ["permute"],

@@ -14,7 +14,7 @@ _PUBLIC = {
     "sweeps": ["als"],
     "tensor_train": ["TensorTrain", "tt_svd"],
     "tt_matrix": ["MPO", "TTMatrix", "ttm_svd"],
-    "layers": ["FactorizedEmbedding", "FactorizedLinear", "SplitLinear"],
+    "layers": ["FactorizedEmbedding", "FactorizedLinear", "SplitLinear", "materialize_"],
     "audit": ["audit", "error_table", "null_rho"],
     "treatment": ["Budget", "Group", "Heal", "RecipeError"],
     "quant": ["FakeQuantize", "Quantize", "QuantizeError", "round_to_grid", "start_scale"],

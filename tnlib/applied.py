@@ -28,7 +28,7 @@ class Applied:
         elif torch.compiler.is_compiling() or x.device.type == "meta":
             y = self.contract(flat, factors, shape, plan or traced_plan(self, shape, x.device.type), bias=bias)
         else:
-            chosen = self._plan_named(shape, plan) if plan else self._choose(flat, factors, shape, bias, kept, room)
+            chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
             y = self._through(flat, factors, shape, chain, bias)
         return y.reshape(*x.shape[:-1], shape[0])
@@ -59,7 +59,8 @@ class Applied:
 
     def places(self, shape):
         """Names of the intermediate results of the first plan, in order."""
-        return tuple(f"core{k}" for k in range(len(self.arrangements(shape)[0].groups) - 1))
+        first = self._arrangement(shape, None)
+        return tuple(f"core{k}" for k in range(len(first.groups) - 1))
 
     def rows(self, ids, factors, shape, plan=None, kept=None, room=0):
         """Rows `ids` (tokens,) of the weight, without building it: (tokens, in). plan, kept, room: as in `forward`."""
@@ -112,18 +113,22 @@ class Applied:
         self._arrangement(shape, name)  # which says what is wrong with a name
         return next(plan for plan in plans_of(self, shape, 1) if plan.name == name)
 
-    def _choose(self, flat, factors, shape, bias, kept, room):
-        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, bias, *factors.values()))
+    def choose(self, flat, factors, shape, bias, kept, room, grad=None):
+        """The Plan that `forward` takes; grad: whether gradients are needed (None: what torch says)."""
+        if grad is None:
+            grad = torch.is_grad_enabled() and any(
+                t is not None and t.requires_grad for t in (flat, bias, *factors.values())
+            )
         quick = (len(flat), flat.dtype, flat.device, grad, room)
         found = None if kept is None else kept.plans.get(quick)
         if found is None:
             case = Case(self, shape, bucket(len(flat)), str(flat.device), flat.dtype, grad, room)
-            found = choose(case, lambda plan: self._attempt(plan, flat, factors, shape, bias, grad, plan.held <= room))
+            found = choose(case, lambda plan: self.attempt(plan, flat, factors, shape, bias, grad, case.keeps(plan)))
             if kept is not None:
                 kept.plans[quick] = found
         return found
 
-    def _attempt(self, plan, flat, factors, shape, bias, grad, built):
+    def attempt(self, plan, flat, factors, shape, bias, grad, built):
         """A function that takes `plan` once: forward, and backward if there are gradients."""
         flat, bias = flat.detach(), None if bias is None else bias.detach()
         factors = {name: factor.detach() for name, factor in factors.items()}

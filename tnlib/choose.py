@@ -42,12 +42,16 @@ class Case:
         tokens = f"{self.tokens} {'rows' if self.rows else 'tokens'}"
         return f"{self.device} {self.dtype} {self.form} {self.shape}, {tokens}{grad}{room}"
 
+    def keeps(self, plan):
+        """Whether what the plan builds is kept from one call to the next."""
+        return 0 < self.room >= plan.held
+
     def plans(self):
         """(predicted seconds, plan) of every plan, fastest first. Of what is kept, building is free."""
         rates = machine(self.device, self.dtype)
         times = 3 if self.grad else 1  # a backward pass is two products for each one
         every = (row_plans_of if self.rows else plans_of)(self.form, self.shape, self.tokens)
-        priced = [(times * rates.seconds(plan, not self.room or plan.held > self.room), plan) for plan in every]
+        priced = [(times * rates.seconds(plan, built=not self.keeps(plan)), plan) for plan in every]
         return sorted(priced, key=lambda pair: pair[0])
 
 

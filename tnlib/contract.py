@@ -72,13 +72,19 @@ def plans_of(form, shape, tokens):
     cores = form.paired({name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()})
     reordered = [shape[axis == "columns"] for axis in form.reordered]  # sizes of the axes to reorder, for every token
     found = [_priced(arrangement, cores, tokens, reordered) for arrangement in form.arrangements(shape)]
-    whole = Arrangement("rebuild", ((0, len(cores)),))
-    return (*found, _priced(whole, cores, tokens, [], math.prod(shape) * len(reordered)))
+    return (*found, _rebuilding(cores, shape, tokens, len(reordered)))
 
 
-def _priced(arrangement, cores, tokens, reordered, moved=0):
+def _rebuilding(cores, shape, tokens, orders):
+    """The plan that merges all cores, puts the weight in order if it has one, and multiplies once."""
+    (out, width), groups = shape, ((0, len(cores)),)
+    build = [*_merge_steps(tuple(tuple(core.shape) for core in cores)), *[Copy(out * width)] * orders]
+    return Plan("rebuild", groups, True, False, tuple(build), (Product(tokens, width, out),), out * width)
+
+
+def _priced(arrangement, cores, tokens, reordered):
     name, groups, forward, turned = arrangement
-    build, merged = [Copy(moved)] * bool(moved), []
+    build, merged = [], []
     for first, end in groups:
         build += _merge_steps(tuple(tuple(core.shape) for core in cores[first:end]))
         merged.append(_merged_shape(cores[first:end]))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tnlib.explain import explain
 from tnlib.form import Form, measured_error
-from tnlib.kept import Kept
+from tnlib.kept import POLICIES, Kept
 from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
 
 
@@ -65,8 +66,9 @@ class _Factorized(nn.Module):
             self.kept.clear()
         return super().train(mode)
 
-    def _room(self, operands):
-        """Numbers that may be kept in this call: none in training, nor of factors that are computed at every access."""
+    def room(self, operands=None):
+        """Numbers that may be kept from one call to the next: none in training, nor of factors computed at every access."""
+        operands = self.operands if operands is None else operands
         if self.training or self.materialize == "never" or "parametrizations" in self._modules:
             return 0
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands.values()):
@@ -154,6 +156,10 @@ class FactorizedLinear(_Factorized):
         """Multiply-adds times two for `tokens` inputs by the plan with the fewest; bias not counted."""
         return self.form.flops(self.shape, tokens)
 
+    def explain(self, tokens=512):
+        """Every plan for so many tokens with its predicted and measured time; see explain.py."""
+        return explain(self, tokens)
+
     def forward(self, x):
         """x: (…, in). Returns: (…, out), by the plan of contraction that form.forward chooses for that many tokens."""
         if x.shape[-1] != self.shape[1]:
@@ -163,7 +169,7 @@ class FactorizedLinear(_Factorized):
         operands = self.operands
         if x.numel() == 0 or not operands:
             return F.linear(x, self.weight, self.bias)
-        room = self._room(operands)
+        room = 0 if torch.compiler.is_compiling() else self.room(operands)
         return self.form.forward(x, operands, self.shape, self.bias, self.between, self.plan, self.kept, room)
 
 
@@ -212,7 +218,7 @@ class FactorizedEmbedding(_Factorized):
                 f"FactorizedEmbedding: got ids {ends[0]}..{ends[1]}; needed 0..{self.shape[0] - 1}."
             )
         operands = self.operands
-        rows = self.form.rows(flat, operands, self.shape, self.plan, self.kept, self._room(operands))  # (tokens, dim)
+        rows = self.form.rows(flat, operands, self.shape, self.plan, self.kept, self.room(operands))  # (tokens, dim)
         return rows.reshape(*ids.shape, self.shape[1])
 
 
@@ -273,6 +279,23 @@ class SplitLinear(nn.Module):
     def forward(self, x):
         """x: (…, in). Returns: (…, out), the parts' outputs side by side."""
         return torch.cat([part(x) for part in self.parts], dim=-1)  # (…, out)
+
+
+def materialize_(model, policy):
+    """What the factorized layers of a model keep in evaluation, in place; returns None.
+
+    policy: "auto": matrices in the layout that a plan of contraction reads, cores merged, as long as a layer's factors and
+        these together are fewer numbers than its dense weight; "always": also the dense weight, where that is the fastest
+        plan; "never": nothing. Training keeps nothing, and so does no layer whose factors are quantized
+    Raises: ValueError for another policy
+    Exact: outputs are the same to rounding; num_params and the checkpoint do not change.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"materialize_: got policy {policy!r}; needed one of {', '.join(POLICIES)}.")
+    for module in model.modules():
+        if isinstance(module, _Factorized):
+            module.materialize = policy
+            module.kept.clear()
 
 
 def dense_layer(weight, bias, source, training):

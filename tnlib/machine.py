@@ -167,6 +167,7 @@ def _memory(path, about):
 def _read(path):
     """The file's content; nothing if there is none, or if somebody damaged it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,377 @@
+"""Plans and how they are carried out: the same outputs and gradients by every one, costs as predicted, choices that stay."""
+
+import copy
+import io
+import json
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import FORMS, SHAPE
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+import tnlib as tn
+from tnlib import chain, choose, machine
+from tnlib.choose import Case
+from tnlib.contract import merge, partitions
+from tnlib.kronecker import Kronecker
+from tnlib.layers import FactorizedEmbedding, FactorizedLinear, materialize_
+from tnlib.low_rank import LowRank
+from tnlib.shapes import ShapeError
+from tnlib.tt_matrix import MPO, TTMatrix
+
+OUT, IN = SHAPE
+
+
+@pytest.fixture
+def memory(tmp_path, monkeypatch):
+    """A machine that remembers nothing yet."""
+    monkeypatch.setenv("TNLIB_CACHE", str(tmp_path))
+    for cached in (machine._memory, machine._machine):
+        cached.cache_clear()
+    monkeypatch.setattr(choose, "_chosen", {})
+    yield tmp_path / "machines"
+    for cached in (machine._memory, machine._machine):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Tokens go through in several groups."""
+    monkeypatch.setattr(chain, "GROUP", 4096)
+
+
+# ---- every plan computes the same
+
+
+@pytest.mark.parametrize("groups", ["one group", "several groups"])
+def test_outputs_and_gradients_of_every_plan_are_those_of_the_dense_weight(form, groups, request):
+    if groups == "several groups":
+        request.getfixturevalue("small_groups")
+    x = torch.randn(37, IN, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
+    factors = form.random(SHAPE, 0.2, dtype=torch.float64)
+    leaves = [x, bias, *(f.requires_grad_() for f in factors.values() if f.is_floating_point())]
+    y = nn.functional.linear(x, form.to_dense(factors, SHAPE), bias)
+    wanted = torch.autograd.grad(y.square().sum(), leaves)
+    for plan in form.plans(SHAPE, 37):
+        found = form.contract(x, factors, SHAPE, plan.name, bias=bias)
+        assert torch.allclose(found, y, atol=1e-10), plan.name
+        for a, b in zip(torch.autograd.grad(found.square().sum(), leaves), wanted):
+            assert torch.allclose(a, b, atol=1e-8), plan.name
+
+
+def test_frozen_factors_get_no_gradient_and_the_input_does(form, small_groups):
+    layer = FactorizedLinear(form, SHAPE, bias=False).double()
+    first = next(iter(layer.factors.values()))
+    first.requires_grad_(False)
+    x = torch.randn(40, IN, dtype=torch.float64, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert first.grad is None
+    assert all(f.grad is not None for f in layer.factors.values() if f.requires_grad)
+    assert torch.allclose(x.grad, 2 * x.detach() @ layer.weight.detach().T @ layer.weight.detach(), atol=1e-8)
+
+
+def test_half_precision_gradients_of_many_groups_are_summed_in_float32(small_groups):
+    layer = FactorizedLinear(Kronecker(right=(2, 3), terms=2), SHAPE, bias=False)
+    x = torch.randn(2000, IN)
+    layer(x).sum().backward()
+    exact = layer.left.grad.clone()
+    half = copy.deepcopy(layer).bfloat16()
+    half.zero_grad()
+    half(x.bfloat16()).sum().backward()
+    assert (half.left.grad.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if not isinstance(f, LowRank)], ids=str)
+def test_training_keeps_nothing_for_each_token_that_is_larger_than_the_input(form):
+    form, tokens, sizes = form.resolve(SHAPE), 300, []
+    factors = {n: f.requires_grad_(f.is_floating_point()) for n, f in form.random(SHAPE).items()}
+    for plan in form.plans(SHAPE, tokens):
+        with saved_tensors_hooks(lambda tensor: sizes.append(tensor.shape) or tensor, lambda tensor: tensor):
+            form.contract(torch.randn(tokens, IN, requires_grad=True), factors, SHAPE, plan.name)
+        assert max(math.prod(size) for size in sizes if tokens in size) <= tokens * IN, plan.name
+
+
+def test_merging_neighbors_one_by_one_or_all_at_once_is_the_same():
+    cores = [torch.randn(3, *size, dtype=torch.float64) for size in ((1, 2, 3, 4), (4, 3, 2, 5), (5, 2, 2, 1))]
+    whole = merge(cores)
+    assert whole.shape == (3, 1, 12, 12, 1)
+    assert torch.allclose(merge([merge(cores[:2]), cores[2]]), whole)
+    assert torch.allclose(whole[0, 0, :, :, 0], TTMatrix((2, 3, 2), (3, 2, 2)).to_dense({f"core{k}": c[0] for k, c in enumerate(cores)}, (12, 12)))  # fmt: skip
+
+
+def test_partitions_are_all_ways_to_cut_but_the_one_without_a_cut():
+    assert [len(partitions(count)) for count in (1, 2, 3, 4)] == [0, 1, 3, 7]
+    assert partitions(3)[0] == ((0, 1), (1, 2), (2, 3))
+
+
+def test_what_stands_between_sees_the_input_and_every_intermediate_result(form):
+    seen, x = {}, torch.randn(5, IN)
+    factors = form.random(SHAPE)
+    y = form.forward(x, factors, SHAPE, between=lambda state, place: seen.setdefault(place, state))
+    assert set(seen) == {"input", *form.places(SHAPE)}
+    assert torch.allclose(y, x @ form.to_dense(factors, SHAPE).T, atol=1e-4)
+
+
+def test_an_unknown_plan_is_refused():
+    layer = FactorizedLinear(LowRank(rank=3), SHAPE)
+    layer.plan = "left first"
+    with pytest.raises(ShapeError, match="got plan 'left first'; needed one of 'factors', 'rebuild'"):
+        layer(torch.randn(2, IN))
+
+
+# ---- what a plan costs
+
+
+def test_predicted_flops_are_those_that_torch_counts(form):
+    factors, x = form.random(SHAPE), torch.randn(9, IN)
+    for plan in form.plans(SHAPE, 9):
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            form.contract(x, factors, SHAPE, plan.name)
+        assert counter.get_total_flops() == plan.flops, plan.name
+
+
+def test_what_a_plan_holds_is_what_its_matrices_take_beside_the_factors(form):
+    factors = form.random(SHAPE)
+    if "scale" in factors:  # multiplied into the left factor at every call: never a view
+        return
+    own = {factor.untyped_storage().data_ptr() for factor in factors.values()}
+    for plan in form.plans(SHAPE, 9)[:-1]:
+        made = [m for m in form.chain(factors, SHAPE, plan).matrices if m.untyped_storage().data_ptr() not in own]
+        assert sum(matrix.numel() for matrix in made) == plan.held, plan.name
+
+
+def test_rates_price_a_large_product_by_arithmetic_and_a_thin_one_by_traffic():
+    rates = machine.Machine((1e9,) * 5, (1e9,) * 5, cached=1e8, streamed=1e7, call=1e-6)
+    plan = LowRank(rank=1000).resolve((2000, 2000)).plans((2000, 2000), 500)[0]
+    assert rates.seconds(plan) == pytest.approx(plan.flops / 1e9 + 2e-6)
+    assert rates.seconds(plan, built=False) == rates.seconds(plan)
+    thin = LowRank(rank=1).resolve((20, 20)).plans((20, 20), 1)[0]
+    assert rates.seconds(thin) == pytest.approx(2 * (20 + 20 + 1) / 1e8 + 2e-6)
+
+
+def test_rates_are_measured_once_and_read_again(memory):
+    rates = machine.machine("cpu", torch.float32)
+    assert min(*rates.products, *rates.batches, rates.cached, rates.streamed, rates.call) > 0
+    machine._machine.cache_clear()
+    machine._memory.cache_clear()
+    assert machine.machine("cpu", torch.float32) == rates
+    assert len(list(memory.glob("*.json"))) == 1
+
+
+# ---- choices
+
+
+def case(tokens=4096, **more):
+    form = MPO(order=3, max_rank=64).resolve((3072, 768))
+    return Case(form, (3072, 768), tokens, "cpu", torch.float32, **({"grad": False, "room": 0} | more))
+
+
+def test_without_timing_the_fastest_prediction_is_taken(memory):
+    assert choose.choose(case()) == case().plans()[0][1]
+    assert choose.choose(case()).name == "rebuild"
+    thin = LowRank(rank=32).resolve((3072, 768))
+    assert choose.choose(Case(thin, (3072, 768), 4096, "cpu", torch.float32, False, 0)).name == "factors"
+
+
+def test_survivors_are_timed_once_and_the_winner_is_remembered(memory, monkeypatch):
+    monkeypatch.setattr(choose, "CLOSE", 1e9)
+    slow, ran = case().plans()[2][1], []
+
+    def attempt(plan):
+        ran.append(plan.name)
+        return lambda: None if plan == slow else torch.randn(200_000).sort()
+
+    assert choose.choose(case(), attempt) == slow
+    assert len(ran) == choose.SURVIVORS
+    assert choose.choose(case(), attempt) == slow
+    monkeypatch.setattr(choose, "_chosen", {})
+    machine._memory.cache_clear()  # another process
+    assert choose.choose(case(), attempt) == slow
+    assert len(ran) == choose.SURVIVORS
+
+
+def test_what_another_process_remembered_first_counts(memory):
+    machine.remember("cpu", "key", "mine")
+    (path,) = memory.glob("*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"other": "theirs"}))
+    assert machine.remember("cpu", "other", "mine") == "theirs"
+    assert json.loads(path.read_text())["key"] == "mine"
+
+
+def test_a_damaged_memory_is_measured_again(memory):
+    machine.remember("cpu", "key", "mine")
+    (path,) = memory.glob("*.json")
+    for damage in ('{"key": ', "[1, 2]"):
+        path.write_text(damage)
+        machine._memory.cache_clear()
+        assert machine.recall("cpu", "key") is None
+        assert machine.remember("cpu", "key", "again") == "again"
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_memory(memory, monkeypatch):
+    blocked = memory.parent / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TNLIB_CACHE", str(blocked))
+    assert machine.remember("cpu", "key", "mine") == "mine"
+    assert machine.recall("cpu", "key") == "mine"
+
+
+def test_deterministic_algorithms_time_nothing(memory):
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose.choose(case(), lambda plan: pytest.fail("timed")) == case().plans()[0][1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- what is kept
+
+
+@pytest.fixture
+def layer():
+    return FactorizedLinear(MPO(order=3, max_rank=2), SHAPE).eval()
+
+
+def test_evaluation_keeps_what_it_built_and_training_gives_it_back(layer):
+    x = torch.randn(5, IN)
+    layer.plan = "left to right, 0-1 merged"
+    with torch.no_grad():
+        y = layer(x)
+        assert 0 < layer.kept.numbers <= math.prod(SHAPE) - layer.form.num_params(SHAPE)
+        kept = layer.kept.numbers
+        assert torch.equal(layer(x), y)
+        assert layer.kept.numbers == kept
+    layer.train()
+    assert layer.kept.numbers == 0
+
+
+@pytest.mark.parametrize(("policy", "keeps"), [("auto", False), ("always", True), ("never", False)])
+def test_only_always_keeps_the_dense_weight(layer, policy, keeps):
+    materialize_(layer, policy)
+    layer.plan = "rebuild"
+    with torch.no_grad():
+        layer(torch.randn(5, IN))
+    assert (layer.kept.numbers == math.prod(SHAPE)) == keeps
+
+
+CHANGES = {
+    "in place": lambda layer: layer.core1.mul_(2),
+    "state dict": lambda layer: layer.load_state_dict({n: p + 1 for n, p in layer.state_dict().items()}),
+    "dtype": lambda layer: layer.double(),
+    "new tensor": lambda layer: setattr(layer, "core1", nn.Parameter(layer.core1 * 3)),
+    "data": lambda layer: setattr(layer.core1, "data", layer.core1.data * 3),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_kept_follows_the_factors(layer, change):
+    materialize_(layer, "always")
+    for plan in ("rebuild", "left to right, 0-1 merged", "left to right"):
+        layer.plan = plan
+        with torch.no_grad():
+            layer(torch.randn(5, IN, dtype=layer.core0.dtype))
+            CHANGES[change](layer)
+            x = torch.randn(5, IN, dtype=layer.core0.dtype)
+            assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_files_hold_no_more_than_the_factors(layer):
+    materialize_(layer, "always")
+    layer.plan = "rebuild"
+    with torch.no_grad():
+        layer(torch.randn(5, IN))
+    assert copy.deepcopy(layer).kept.numbers == 0
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    assert torch.load(file, weights_only=False).kept.numbers == 0
+    assert layer.kept.numbers == math.prod(SHAPE)
+    assert set(layer.state_dict()) == {*layer.factors, "bias"}
+
+
+def test_gradients_flow_in_evaluation_too(layer):
+    materialize_(layer, "always")
+    with torch.no_grad():
+        layer(torch.randn(5, IN))
+    layer(torch.randn(5, IN)).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_what_is_kept_never_outgrows_the_dense_weight(layer):
+    with torch.no_grad():
+        for plan in layer.form.plans(SHAPE, 7):
+            layer.plan = plan.name
+            layer(torch.randn(7, IN))
+            assert layer.kept.numbers + layer.form.num_params(SHAPE) <= math.prod(SHAPE)
+
+
+def test_an_embedding_keeps_its_halves():
+    table = FactorizedEmbedding(TTMatrix(order=3, max_rank=3), (4096, 27)).eval()
+    ids = torch.arange(4096)
+    with torch.no_grad():
+        assert torch.allclose(table(ids), table.weight[ids], atol=1e-6)
+        for plan in table.form.row_plans(table.shape, 5):
+            table.plan = plan.name
+            assert torch.allclose(table(ids[:5]), table.weight[:5], atol=1e-6)
+        assert table.kept.numbers > 0
+        table.core0.mul_(2)
+        assert torch.allclose(table(ids), table.weight[ids], atol=1e-6)
+
+
+def test_an_unknown_policy_is_refused(layer):
+    with pytest.raises(ValueError, match="got policy 'sometimes'; needed one of auto, never, always"):
+        materialize_(layer, "sometimes")
+
+
+# ---- compiled, autocast, explained
+
+
+def test_a_compiled_layer_serves_all_token_counts_with_one_graph():
+    layer = FactorizedLinear(Kronecker(right=(2, 3), terms=2), SHAPE).eval()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (2, 5, 64, 700):
+            x = torch.randn(tokens, IN)
+            assert torch.allclose(compiled(x), layer(x), atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_autocast_computes_in_bfloat16_and_trains_float32_factors(form):
+    layer, x = FactorizedLinear(form, SHAPE), torch.randn(6, IN)
+    for plan in layer.form.plans(SHAPE, 6):
+        layer.plan = plan.name
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+        assert torch.allclose(y.float(), x @ layer.weight.T + layer.bias, atol=0.2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_explain_names_every_plan_and_the_one_that_is_taken(training, layer):
+    layer.train(training)
+    found = layer.explain(33)
+    assert {plan.name for plan in found} == {plan.name for plan in layer.form.plans(SHAPE, 33)}
+    assert sum(plan.chosen for plan in found) == 1
+    assert all(plan.measured_ms is None or plan.measured_ms > 0 for plan in found)
+    assert all(plan.name in str(found) for plan in found)
+    layer.plan = "rebuild"
+    assert next(plan for plan in layer.explain(1) if plan.chosen).name == "rebuild"
+    with pytest.raises(ShapeError, match="needed at least 1"):
+        layer.explain(0)
+
+
+def test_whole_models_take_a_policy():
+    model = nn.Sequential(FactorizedLinear(LowRank(rank=2), SHAPE), nn.Linear(OUT, 2))
+    tn.materialize_(model, "never")
+    assert model[0].materialize == "never"
