@@ -49,7 +49,7 @@ def test_batch_equals_one_by_one():
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_subspace_iteration_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch, transposed):
+def test_block_lanczos_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch, transposed):
     matrix = torch.randn(160, 200)  # Gaussian: the flattest spectrum there is, the hardest to separate
     matrix = matrix.T if transposed else matrix
     exact = truncate(matrix, 10)
