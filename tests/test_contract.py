@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.utils.checkpoint
 from conftest import FORMS, SHAPE
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -228,6 +229,17 @@ def test_deterministic_algorithms_time_nothing(memory):
         assert choose.choose(case(), lambda plan: pytest.fail("timed")) == case().plans()[0][1]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_timing_inside_a_checkpointed_block_leaves_no_trace(memory, monkeypatch):
+    monkeypatch.setattr(choose, "WORTH_TIMING", 0)
+    monkeypatch.setattr(choose, "CLOSE", 1e9)
+    layer, x = FactorizedLinear(MPO(order=3, max_rank=6), SHAPE), torch.randn(5, IN, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
+    grads = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert all(torch.equal(grads[name], p.grad) for name, p in layer.named_parameters())
 
 
 # ---- what is kept

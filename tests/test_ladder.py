@@ -21,7 +21,7 @@ RUNGS = [
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix", "weighted"],
     ["layers", "recipe", "audit"],
-    ["papers", "plan", "explore", "schedule", "layer_fit"],
+    ["papers", "plan", "explore", "schedule", "layer_fit", "build"],
     ["fit_store", "profile", "prefix"],
     ["objective", "hand_rules"],
     ["keeper"],

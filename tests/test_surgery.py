@@ -8,6 +8,7 @@ from tiny import CONFIGS, logits, tiny
 from torch import nn
 
 import tnlib.surgery
+from tnlib import build
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.low_rank import LowRank
@@ -133,6 +134,54 @@ def test_an_interruption_half_way_leaves_the_model_as_it_was(monkeypatch):
         factorize_(model, recipe(LowRank(rank=2), "mlp"))
     assert not report(model)
     assert torch.equal(logits(model, IDS), before)
+
+
+def _same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("where", ["mlp", "qkv", "embedding"])
+def test_an_interrupted_factorization_goes_on_where_it_was(monkeypatch, tmp_path, where):
+    plain, model = tiny("gpt2"), tiny("gpt2")
+    wanted = recipe(MPO(order=2, kept=0.5), where, **({"split": 3} if where == "qkv" else {}))
+    factorize_(plain, wanted, seed=3)
+    built, whole = [], build.build_layer
+
+    def interrupted(module, *args):
+        if module.weight.is_meta:
+            return whole(module, *args)
+        if built and len(built) % 2 and not built.append(None):
+            raise KeyboardInterrupt
+        built.append(module)
+        return whole(module, *args)
+
+    monkeypatch.setattr(build, "build_layer", interrupted)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(9):
+        try:
+            factorize_(model, wanted, seed=3, out=tmp_path)
+            break
+        except KeyboardInterrupt:
+            assert _same(model.state_dict(), before)
+    assert _same(model.state_dict(), plain.state_dict())
+    assert len([module for module in built if module is not None]) == len(list(tmp_path.glob("*.safetensors")))
+    errors = [[m.error for m in x.modules() if hasattr(m, "error")] for x in (model, plain)]
+    assert errors[0] == errors[1]
+    assert all(p.requires_grad == q.requires_grad for p, q in zip(model.parameters(), plain.parameters()))
+
+
+def test_finished_layers_of_another_weight_or_a_damaged_file_are_refused(tmp_path):
+    wanted = recipe(LowRank(kept=0.5), "mlp")
+    factorize_(tiny("gpt2"), wanted, out=tmp_path)
+    other = tiny("gpt2")
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if "mlp" in n and p.dim() == 2).add_(1)
+    with pytest.raises(ValueError, match="another weight, rule or seed.*Give out= another folder"):
+        factorize_(other, wanted, out=tmp_path)
+    path = next(iter(sorted(tmp_path.glob("*.safetensors"))))
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match="is damaged"):
+        factorize_(tiny("gpt2"), wanted, out=tmp_path)
 
 
 def test_a_form_that_does_not_fit_names_recipe_module_and_weight():

@@ -1,6 +1,7 @@
 """How a form computes: factors and tokens in, outputs out, by the plan that suits so many tokens."""
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from tnlib.chain import Chain, Link, run
 from tnlib.choose import TRACED_TOKENS, Case, bucket, choose, traced_plan
@@ -104,7 +105,7 @@ class Applied:
     def _arrangement(self, shape, name):
         every = self.arrangements(shape)
         found = next((a for a in every if name in (None, a.name)), None)
-        if found is None and name != "rebuild":
+        if found is None and name not in (None, "rebuild"):
             known = ", ".join(repr(a.name) for a in every)
             raise ShapeError(f"{type(self).__name__}: got plan {name!r}; needed one of {known}, 'rebuild'.")
         return found or Arrangement("rebuild", ())
@@ -138,7 +139,7 @@ class Applied:
         leaves = [flat, *(factor for factor in factors.values() if factor.is_floating_point())]
 
         def once():
-            with torch.enable_grad():
+            with torch.enable_grad(), saved_tensors_hooks(_as_is, _as_is):  # not those of a checkpointed block around this call
                 for leaf in leaves:
                     leaf.requires_grad_()
                 y = self._through(flat, factors, shape, self.chain(factors, shape, plan), bias)
@@ -159,6 +160,10 @@ class Applied:
             return lambda: look_up(ids, tables(self.paired(still), plan.groups))
 
         return choose(case, attempt)
+
+
+def _as_is(tensor):
+    return tensor
 
 
 def _autocast(device):

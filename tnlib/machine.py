@@ -20,6 +20,7 @@ import torch
 
 from tnlib.assets import cache_dir
 from tnlib.contract import Product
+from tnlib.records import write_atomic
 
 SIDES = (1, 4, 16, 64, 512)
 BORDER = 32 << 20  # bytes from which on a result is fresh memory from the system at every call
@@ -136,9 +137,7 @@ def remember(device, key, value):
         with FileLock(f"{path}.lock"):
             memory.update(_read(path))
             memory.setdefault(key, value)
-            part = path.with_name(f"{path.name}.{os.getpid()}")
-            part.write_text(json.dumps(memory, indent=1), encoding="utf-8")
-            part.replace(path)
+            write_atomic(path, json.dumps(memory, indent=1))
     return memory.setdefault(key, value)
 
 

@@ -28,7 +28,8 @@ from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
 from tnlib.shapes import check_weight, weight_of
 from tnlib.streamed import FACTS, skeleton_of
-from tnlib.surgery import build_layer, factorize_
+from tnlib.build import build_layer
+from tnlib.surgery import factorize_
 
 BESIDE = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configuration and tokenizer
 GUARD = "weight"  # what transformers expects in a dense module; one number there is a shape that it refuses

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from tnlib.build import build_layer, keep_bias, kept_layer
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear, dense_layer
 from tnlib.packing import Packed, QuantizedEmbedding, is_packed
 from tnlib.plan import plan, tied_names
@@ -15,7 +16,7 @@ from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
 from tnlib.ties import tell_ties
 
 
-def factorize_(model, recipe, *, seed=0, progress=None):
+def factorize_(model, recipe, *, seed=0, progress=None, out=None):
     """Replace every module that the recipe claims by its factorized layer, in place; returns None.
 
     Everything is checked first (rules, shapes, finite weights), every new layer is built next, and only then are modules
@@ -24,7 +25,9 @@ def factorize_(model, recipe, *, seed=0, progress=None):
     Tied weights stay tied: a head or a second embedding that shares a claimed table shares its factors afterwards (rule
     head="tied"), or keeps the old matrix (head="dense"); anything else that shares it is refused.
     seed: for random initializations; progress: a bar over modules (default: only on a terminal)
-    Raises: RecipeError, ShapeError, naming recipe and module
+    out: folder in which every finished layer is kept, one file each: called again after an interruption, with the same model,
+        recipe and seed, it goes on from there
+    Raises: RecipeError, ShapeError, naming recipe and module; ValueError if `out` holds layers of another weight or recipe
     Exact: the parameters afterwards number plan(model, recipe).total.
     """
     plan(model, recipe)
@@ -34,7 +37,7 @@ def factorize_(model, recipe, *, seed=0, progress=None):
     partners = {name: _partners(model, recipe, name, module, rule) for name, module, rule in claims}
     hide = not (sys.stderr.isatty() if progress is None else progress)
     new = {}
-    for claim, layer in tqdm(_all_built(claims, seed), f"factorize {recipe.name}", len(claims), disable=hide):
+    for claim, layer in tqdm(_all_built(claims, seed, out), f"factorize {recipe.name}", len(claims), disable=hide):
         new[claim.name] = layer
         for other in partners[claim.name]:
             new[other] = _share(model.get_submodule(other), layer)
@@ -55,7 +58,7 @@ def densify_(model, names=None):
         if stored is not None and ".parts." not in name and (names is None or name in names):
             dense = _unpacked(layer) if is_packed(layer) else layer.to_dense()
             dense.weight = tables.setdefault(id(stored), dense.weight)
-            _swap(model, name, _keep_bias(layer, dense))
+            _swap(model, name, keep_bias(layer, dense))
     tell_ties(model)
 
 
@@ -84,41 +87,23 @@ def _unpacked(layer):
     return dense_layer(weight_of(layer).clone(), layer.bias, "Conv1D" if is_conv1d(layer) else "Linear", layer.training)
 
 
-def _all_built(claims, seed):
+def _all_built(claims, seed, out):
     """(claim, new layer) in order, one matrix a thread: LAPACK's own threads gain little on one and stall on a busy machine."""
     threads = torch.get_num_threads()
     at_once = 1 if any(claim.module.weight.is_cuda for claim in claims) else threads
     pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,))
 
     def build(numbered):
-        number, (_, module, rule) = numbered
-        return build_layer(module, rule, seed, number)
+        number, (name, module, rule) = numbered
+        if out is None:
+            return build_layer(module, rule, seed, number)
+        return kept_layer(out, name, module, rule, seed, number)
 
     try:
         yield from zip(claims, pool.map(build, enumerate(claims)))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # a thread's setting is also what new threads start with
-
-
-def build_layer(module, rule, seed, number):
-    """The layer that replaces a dense module; `number` is its place among the modules claimed, part of the random seed."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    kind = FactorizedEmbedding if isinstance(module, nn.Embedding) else FactorizedLinear
-    if rule.split > 1:
-        return SplitLinear.from_dense(module, rule.form, rule.init, generator, rule.split)
-    return _keep_bias(module, kind.from_dense(module, rule.form, rule.init, generator))
-
-
-def _keep_bias(old, new):
-    """Let the new layer hold the old one's very bias: BERT ties its decoder's to another name."""
-    if (
-        isinstance(new, (nn.Linear, FactorizedLinear))
-        and isinstance(old, nn.Module)
-        and not isinstance(old, SplitLinear)
-    ):
-        new.bias = old.bias
-    return new
 
 
 def _partners(model, recipe, name, module, rule):
