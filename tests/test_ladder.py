@@ -9,7 +9,7 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "chain", "kept", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
+    ["shapes", "chain", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
     ["spectrum", "contract", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
     ["lookup", "machine"],
     ["choose"],
@@ -26,7 +26,7 @@ RUNGS = [
     ["objective", "hand_rules"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "quantized_size", "torchao_kernels", "proxies", "streamed", "hybrid_tt"],
+    ["heal", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "streamed", "hybrid_tt"],
     ["stages", "stream"],
     ["presets", "report"],
     ["job"],

@@ -38,6 +38,7 @@ _PUBLIC = {
     "quantize": ["fake_quantize_", "quantize_"],
     "quantized_size": ["quantized_size"],
     "torchao_kernels": ["use_torchao_"],
+    "triton_kernels": ["kronecker_linear", "low_rank_linear", "use_triton_"],
     "resume": ["load_weights_", "save_weights"],
     "moments": ["Moments", "second_moments"],
     "weighted": ["Metric", "fit_weighted"],
