@@ -183,24 +183,13 @@ def merge(cores):
     """
     if len(cores) == 1:
         return cores[0]
-    sizes = [tuple(core.shape[-4:]) for core in cores]
-    whole, batch = _chained(cores, tuple(sizes)), cores[0].dim() - 4
-    pairs = [size for _, o, i, _ in sizes for size in (o, i)]
-    whole = whole.unflatten(-2, pairs)  # (…, r, o_1, i_1, o_2, i_2, …, s)
-    axes = range(batch + 1, batch + 1 + len(pairs))
-    whole = whole.permute(*range(batch + 1), *axes[::2], *axes[1::2], -1)
-    r, o, i, s = _merged_shape(cores)
-    return whole.reshape(*whole.shape[:batch], r, o, i, s)
-
-
-def _chained(cores, sizes):
-    """Cores multiplied, every core's two modes side by side: (…, r, o_1*i_1*o_2*i_2*…, s)."""
-    if len(cores) == 1:
-        return cores[0].flatten(-3, -2)
-    at = _last_bond(sizes)
-    left, right = _chained(cores[:at], sizes[:at]), _chained(cores[at:], sizes[at:])
-    product = left.flatten(-3, -2) @ right.flatten(-2)  # (…, r*N, M*s)
-    return product.reshape(*left.shape[:-1], *right.shape[-2:]).flatten(-3, -2)
+    at = _last_bond(tuple([tuple(core.shape[-4:]) for core in cores]))
+    left, right = merge(cores[:at]), merge(cores[at:])
+    r, o, i, _ = left.shape[-4:]
+    _, p, j, s = right.shape[-4:]
+    product = left.flatten(-4, -2) @ right.flatten(-3)  # (…, r*o*i, p*j*s)
+    pairs = product.unflatten(-1, (p, j * s)).unflatten(-3, (r, o, i))  # (…, r, o, i, p, j*s)
+    return pairs.transpose(-3, -2).reshape(*left.shape[:-4], r, o * p, i * j, s)
 
 
 @lru_cache(maxsize=16384)
