@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup workbook test lab lock
+.PHONY: help setup workbook test bench lab lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -16,6 +16,9 @@ workbook:  ## setup, then run every notebook at laptop scale; a rerun resumes
 
 test:  ## setup, then lint, unit tests and notebooks
 	$(PYTHON) ci/bootstrap.py test $(ARGS)
+
+bench:  ## setup, then tnlib against its peers, hours; ARGS=--quick for minutes
+	$(PYTHON) ci/bootstrap.py bench $(ARGS)
 
 lab:  ## setup, then JupyterLab on the first notebook
 	$(PYTHON) ci/bootstrap.py lab $(ARGS)

@@ -3,9 +3,10 @@
   setup      make .venv, install tnlib[all] into it, fetch the models and texts; with nothing to do it takes a second
   workbook   setup, then run every notebook at laptop scale (FORCE=1: also those already done)
   test       setup, then lint, unit tests and notebooks
+  bench      setup, then tnlib against its peers, into figures/bench_*; hours
   lab        setup, then JupyterLab on notebooks/00_start_here.ipynb
 
-ARGUMENTS go to the notebook runner (workbook), the unit tests (test) or JupyterLab (lab).
+ARGUMENTS go to the notebook runner (workbook), the unit tests (test), the benchmarks (bench) or JupyterLab (lab).
 pip's settings are honored: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CERT, pip.conf.
 On Linux the package index offers torch for CUDA, several GB; for the smaller CPU build:
   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu python3 ci/bootstrap.py workbook
@@ -260,6 +261,11 @@ def test(rest):
     return int(failed)
 
 
+def bench(rest):
+    """tnlib against its peers, as far as they are installed."""
+    return run(os.path.join("tests", "benchmarks", "run_all.py"), *rest)
+
+
 def lab(rest):
     """JupyterLab on the first notebook."""
     signal.signal(signal.SIGINT, lambda *_: None)  # JupyterLab asks whether to stop: leave the answer to it
@@ -270,7 +276,7 @@ def lab(rest):
 def main(target="--help", *rest):
     """Returns the exit status."""
     check_python()
-    targets = {"setup": lambda rest: 0, "workbook": workbook, "test": test, "lab": lab}
+    targets = {"setup": lambda rest: 0, "workbook": workbook, "test": test, "bench": bench, "lab": lab}
     if target in ("-h", "--help"):
         print(__doc__.strip())
         return 0

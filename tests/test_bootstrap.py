@@ -228,7 +228,7 @@ def test_workbook_passes_force_and_the_rest(boot, monkeypatch, force, flags):
 
 
 def test_an_unknown_target_names_the_known_ones(boot):
-    with pytest.raises(SystemExit, match=r"(?s)'wrokbook'.*setup, workbook, test, lab"):
+    with pytest.raises(SystemExit, match=r"(?s)'wrokbook'.*setup, workbook, test, bench, lab"):
         boot.main("wrokbook")
 
 
