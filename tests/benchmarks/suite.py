@@ -74,9 +74,9 @@ class Record:
 
 
 def _source():
-    """Hash of the library and of the benchmarks, whatever is committed."""
+    """Hash of the library and of what measures it, whatever is committed; the report may change."""
     found = hashlib.sha256()
     for folder in (Path(tnlib.__file__).parent, Path(__file__).parent):
         for path in sorted(folder.glob("*.py")):
-            found.update(path.read_bytes())
+            found.update(path.read_bytes() if path.name != "report.py" or path.parent.name == "tnlib" else b"")
     return found.hexdigest()[:12]
