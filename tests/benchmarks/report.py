@@ -58,8 +58,8 @@ def decompositions(record):
         for name, row in cell["rows"].items():
             if "ratio" in row and not name.startswith(("tnlib", "copy")) and row["error"] < bound:
                 panel.setdefault(name, []).append((cell["facts"]["case"], row["ratio"]))
-    lines = _by_metric(record.cells.values())
-    _write(record, "Decompositions: time over tnlib's, at equal error", lines, {"": panel} if panel else {}, "time / tnlib's")
+    lines, panels = _by_metric(record.cells.values()), {"": panel} if panel else {}
+    _write(record, "Decompositions: time over tnlib's, at equal error", lines, panels, "time / tnlib's")
 
 
 def end_to_end(record):
