@@ -172,7 +172,7 @@ def known_slow(record, layer, label, mode, tokens):
     counts = [cell["facts"]["tokens"] for cell in record.cells.values()]
     for count in sorted({c for c in counts if c <= MANY}, reverse=True):
         if (cell := record.cells.get(name_of(layer, label, mode, count))) is not None:
-            rows = {n: row for n, row in cell["rows"].items() if not n.startswith("dense")}
+            rows = {n: row for n, row in cell["rows"].items() if not n.startswith(("dense", "tnlib"))}
             slow = {n: row["ratio"] for n, row in rows.items() if row.get("ratio", 0) > SLOW and not row.get("probe")}
             slow = {n: f"{ratio:.0f} times dense at {count} tokens" for n, ratio in slow.items() if n != "floor"}
             return slow | {n: row["reason"] for n, row in rows.items() if row["status"] == "slow"}
