@@ -176,7 +176,7 @@ def test_finished_layers_of_another_weight_or_a_damaged_file_are_refused(tmp_pat
     other = tiny("gpt2")
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if "mlp" in n and p.dim() == 2).add_(1)
-    with pytest.raises(ValueError, match="another weight, rule or seed.*Give out= another folder"):
+    with pytest.raises(ValueError, match=r"another weight, rule or seed.*Give out= another folder"):
         factorize_(other, wanted, out=tmp_path)
     path = next(iter(sorted(tmp_path.glob("*.safetensors"))))
     path.write_bytes(path.read_bytes()[:40])

@@ -88,9 +88,8 @@ def run(x, chain, bias=None, between=None):
 
 def _recorded(x, chain, bias=None):
     """The chain as one operation of the autograd graph, where there is one."""
-    if torch.is_grad_enabled():
-        if x.requires_grad or (bias is not None and bias.requires_grad) or any(m.requires_grad for m in chain.matrices):
-            return _Chain.apply(chain.bare(), x, bias, *chain.matrices)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *chain.matrices)):
+        return _Chain.apply(chain.bare(), x, bias, *chain.matrices)
     return _forward(x, chain, bias)
 
 

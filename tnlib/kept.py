@@ -32,11 +32,13 @@ class Kept:
         if stamp != self._stamp:
             self.clear()
             self._sources, self._stamp = tuple(sources), stamp
-        if name not in self._built:
+        found = self._built.get(name)
+        if found is None:
             if self.numbers + numbers > room:
                 self._built, self._sizes = {}, {}
-            self._built[name], self._sizes[name] = build(), numbers
-        return self._built[name]
+            found = self._built[name] = build()
+            self._sizes[name] = numbers
+        return found
 
     def __deepcopy__(self, memo):
         return Kept()

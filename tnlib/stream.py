@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tnlib.assets import fetch
+from tnlib.build import build_layer
 from tnlib.checkpoint_files import INDEX, identity, stored_tensors
 from tnlib.recipe import match
 from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
 from tnlib.shapes import check_weight, weight_of
 from tnlib.streamed import FACTS, skeleton_of
-from tnlib.build import build_layer
 from tnlib.surgery import factorize_
 
 BESIDE = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configuration and tokenizer

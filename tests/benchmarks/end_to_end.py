@@ -21,7 +21,7 @@ from pathlib import Path
 import ours
 import report
 import torch
-from harness import Unavailable, fresh, peak_mb
+from harness import fresh, peak_mb
 from suite import Record, options, settle
 
 import tnlib as tn
@@ -55,24 +55,20 @@ def twin(model):
 
 
 def models(measure):
-    """{name: model} and {name: row} of the settings that this tnlib does not have."""
-    found, missing = {"dense": student("dense")}, {}
+    """{name: model}"""
+    found = {"dense": student("dense")}
     found["dense again"] = twin(found["dense"])
     for name in FORMS:
         found[name] = student(name)
         for setting in ours.SETTINGS[1:] if measure != "train" else ():  # in training nothing is kept
-            other = twin(found[name])
-            try:
-                ours.set_materialize(other, setting)
-                found[f"{name}, {setting}"] = other
-            except Unavailable as reason:
-                missing[f"{name}, {setting}"] = {"status": "missing", "reason": str(reason)}
-    return found, missing
+            found[f"{name}, {setting}"] = other = twin(found[name])
+            tn.materialize_(other, setting)
+    return found
 
 
 def timed(measure, asked):
     """Rows of one measure of compare_speed; ratio is time over dense."""
-    found, rows = models(measure)  # rows: of what this tnlib does not have
+    found, rows = models(measure), {}
     pace = {"context": asked.context, "new_tokens": asked.new_tokens, "repeats": asked.rounds}
     for name, own in tn.compare_speed(found, measures=[measure], **pace).items():
         speed = own[measure]

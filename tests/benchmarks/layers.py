@@ -133,7 +133,7 @@ def modules(cell):
     if not cell.training:  # in training nothing is kept
         for setting in ours.SETTINGS[1:]:
             found[f"tnlib, {setting}"] = partial(ours.linear, form, shape, factors, setting)
-    for plan in ours.plans(form, shape, cell.tokens):
+    for plan in ours.plans(form, shape, cell.tokens, cell.training):
         found[f"plan: {plan}"] = partial(ours.planned, form, shape, factors, plan)
     others = reexpressed.TRAIN
     if isinstance(form, tn.MPO):

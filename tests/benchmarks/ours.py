@@ -1,64 +1,38 @@
 """The one place where the benchmarks use tnlib's layers: when their interface changes, this file does.
 
-Settings of a layer, `materialize`: "never" contracts the factors each time, "always" keeps the rebuilt weight in evaluation
-without gradients, "auto" chooses. `plan` forces one way of contraction. A tnlib without them is measured as it is.
+Settings of a layer, `materialize`: "never" builds what it needs at every call, "always" may keep the rebuilt weight in evaluation
+without gradients, "auto" what is smaller in all than the dense weight. `plan` forces one way of contraction.
 """
 
-import torch.nn.functional as F
-from harness import Unavailable
+import torch
 from torch import nn
 
 import tnlib as tn
+from tnlib.choose import Case, bucket
 
+LIKELY = 6.0
 SETTINGS = ("auto", "never", "always")
 
 
 def linear(form, shape, factors, setting="auto"):
-    """A FactorizedLinear that holds these factors. Raises: Unavailable for a setting that this tnlib does not have."""
+    """A FactorizedLinear that holds these factors."""
     layer = tn.FactorizedLinear(form, shape, bias=False)
     layer.load_factors(factors)
-    set_materialize(layer, setting)
+    tn.materialize_(layer, setting)
     return layer
-
-
-def set_materialize(model, setting):
-    """Give every factorized layer of a model the setting; "auto" is what a tnlib without settings does."""
-    for layer in model.modules():
-        if isinstance(layer, tn.FactorizedLinear):
-            if hasattr(layer, "materialize"):
-                layer.materialize = setting
-            elif setting != "auto":
-                raise Unavailable("this tnlib has no layer.materialize")
 
 
 def planned(form, shape, factors, plan):
-    """A FactorizedLinear that always contracts by `plan`."""
-    layer = linear(form, shape, factors)
-    if not hasattr(layer, "plan"):
-        return _Forced(layer, plan)
+    """A FactorizedLinear that always contracts by `plan` and keeps nothing."""
+    layer = linear(form, shape, factors, "never")
     layer.plan = plan
-    if hasattr(layer, "materialize"):
-        layer.materialize = "never"
     return layer
 
 
-class _Forced(nn.Module):
-    """A layer without `plan`, made to follow one."""
-
-    def __init__(self, layer, plan):
-        super().__init__()
-        self.layer, self.plan = layer, plan
-
-    def forward(self, x):
-        form, operands, shape = self.layer.form, self.layer.operands, self.layer.shape
-        if self.plan == "rebuild":
-            return F.linear(x, form.to_dense(operands, shape))
-        return form.contract(x, operands, shape, self.plan)
-
-
-def plans(form, shape, tokens):
-    """Names of a resolved form's plans."""
-    return [plan.name for plan in form.plans(shape, tokens)]
+def plans(form, shape, tokens, grad):
+    """Names of a resolved form's plans, but for those that are predicted to take LIKELY times the fastest one's time."""
+    priced = Case(form, tuple(shape), bucket(tokens), "cpu", torch.float32, grad, 0).plans()
+    return [plan.name for seconds, plan in priced if seconds <= LIKELY * priced[0][0]]
 
 
 def least_flops(form, shape, tokens):
