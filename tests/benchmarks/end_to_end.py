@@ -68,7 +68,7 @@ def models(measure):
 
 def timed(measure, asked):
     """Rows of one measure of compare_speed; ratio is time over dense."""
-    found, rows = models(measure), {}
+    rows, found = {}, models(measure)
     pace = {"context": asked.context, "new_tokens": asked.new_tokens, "repeats": asked.rounds}
     for name, own in tn.compare_speed(found, measures=[measure], **pace).items():
         speed = own[measure]
@@ -80,7 +80,7 @@ def timed(measure, asked):
 
 def step_memory(name, asked):
     """In a fresh process: MB at the highest of a training step, all in all and on top of the model."""
-    model = student(name).train()
+    model = copy.deepcopy(student(name)).train()  # else pages of the checkpoint, which stays mapped, would count
     ids = torch.randint(model.config.vocab_size, (1, asked.context))
 
     def step():
