@@ -337,7 +337,7 @@ def test_an_embedding_keeps_its_halves():
 
 
 def test_an_unknown_policy_is_refused(layer):
-    with pytest.raises(ValueError, match="got policy 'sometimes'; needed one of auto, never, always"):
+    with pytest.raises(ValueError, match="materialize: got policy 'sometimes'; needed one of auto, never, always"):
         materialize_(layer, "sometimes")
 
 
@@ -381,6 +381,28 @@ def test_explain_names_every_plan_and_the_one_that_is_taken(training, layer):
     assert next(plan for plan in layer.explain(1) if plan.chosen).name == "rebuild"
     with pytest.raises(ShapeError, match="needed at least 1"):
         layer.explain(0)
+
+
+def test_a_call_that_repeats_an_earlier_one_follows_the_factors_the_policy_and_autocast(layer):
+    x = torch.randn(2, 3, IN)
+    with torch.no_grad():
+        for _ in range(2):
+            y = layer(x)
+        assert layer.kept.ready
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        layer.core0.mul_(2)
+        layer.bias.zero_()
+        assert torch.allclose(layer(x), x @ layer.weight.T, atol=1e-5)
+        assert not torch.allclose(layer(x), y)
+        layer.materialize = "never"
+        layer(x)
+        assert not layer.kept.ready
+    layer.materialize = "auto"
+    with torch.no_grad():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.core0.grad is not None
 
 
 def test_whole_models_take_a_policy():

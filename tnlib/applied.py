@@ -31,8 +31,19 @@ class Applied:
         else:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
+            if room and chosen.held <= room and plan is None and factors is sources:
+                kept.ready[flat.shape[0], flat.dtype] = chain
             y = self._through(flat, factors, shape, chain, bias)
         return y.reshape(*x.shape[:-1], shape[0])
+
+    def again(self, x, factors, shape, bias, kept):
+        """`forward` without gradients by a chain that `kept` has ready for as many tokens; None if it has none."""
+        flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
+        chain = kept.ready.get((flat.shape[0], flat.dtype))
+        if chain is None or not kept.current(factors.values()):
+            return None
+        y = self._through(flat, factors, shape, chain, bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
 
     def _kept_chain(self, sources, factors, shape, plan, dtype, kept, room):
         """The chain of a plan, out of `kept` if that may hold it."""
@@ -120,10 +131,10 @@ class Applied:
             grad = torch.is_grad_enabled() and any(
                 t is not None and t.requires_grad for t in (flat, bias, *factors.values())
             )
-        quick = (len(flat), flat.dtype, flat.device, grad, room)
+        quick = (flat.shape[0], flat.dtype, flat.device, grad, room)
         found = None if kept is None else kept.plans.get(quick)
         if found is None:
-            case = Case(self, shape, bucket(len(flat)), str(flat.device), flat.dtype, grad, room)
+            case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room)
             found = choose(case, lambda plan: self.attempt(plan, flat, factors, shape, bias, grad, case.keeps(plan)))
             if kept is not None:
                 kept.plans[quick] = found

@@ -33,33 +33,39 @@ class Turn(NamedTuple):
 class Chain:
     """Links and Turns for tokens of `width` numbers."""
 
-    def __init__(self, links, width):
+    def __init__(self, links, width, sizes=None):
         self.links = links
         self.matrices = [link.matrix for link in links if isinstance(link, Link)]
-        self.sizes = [width]  # numbers a token has before, between and after the links
-        for link in links:
-            m, k = (1, 1) if isinstance(link, Turn) else link.matrix.shape
-            self.sizes.append(self.sizes[-1] // k * m)
+        self.sizes = sizes or _sizes(links, width)  # numbers a token has before, between and after the links
+        self.widest = max(self.sizes)
 
     def groups(self, x):
         """Slices of the tokens, of about equal sizes; one for all if they are few."""
-        limit = GROUP if x.device.type == "cpu" else GROUP_ELSEWHERE
-        count = -(-len(x) * max(self.sizes) * x.element_size() // limit)
-        step = -(-len(x) // max(1, count))
-        return [slice(start, start + step) for start in range(0, len(x), step)]
+        tokens, limit = x.shape[0], GROUP if x.device.type == "cpu" else GROUP_ELSEWHERE
+        count = -(-tokens * self.widest * x.element_size() // limit)
+        if count <= 1:
+            return [slice(0, tokens)]
+        step = -(-tokens // count)
+        return [slice(start, start + step) for start in range(0, tokens, step)]
 
     def bare(self):
-        """The same without matrices."""
-        found = Chain([], self.sizes[0])
-        found.links = [link if isinstance(link, Turn) else link._replace(matrix=None) for link in self.links]
-        found.sizes = self.sizes
-        return found
+        """The links without their matrices, and the sizes: what has no part in an autograd graph."""
+        return [link if isinstance(link, Turn) else link._replace(matrix=None) for link in self.links], self.sizes
 
-    def filled(self, matrices):
-        """A bare chain with matrices again."""
-        given = iter(matrices)
-        links = [link if isinstance(link, Turn) else link._replace(matrix=next(given)) for link in self.links]
-        return Chain(links, self.sizes[0])
+    @classmethod
+    def filled(cls, bare, matrices):
+        """The Chain again."""
+        given, (links, sizes) = iter(matrices), bare
+        links = [link if isinstance(link, Turn) else link._replace(matrix=next(given)) for link in links]
+        return cls(links, sizes[0], sizes)
+
+
+def _sizes(links, width):
+    sizes = [width]
+    for link in links:
+        m, k = (1, 1) if isinstance(link, Turn) else link.matrix.shape
+        sizes.append(sizes[-1] // k * m)
+    return sizes
 
 
 def run(x, chain, bias=None, between=None):
@@ -72,14 +78,16 @@ def run(x, chain, bias=None, between=None):
         return F.linear(x, chain.matrices[0], bias)
     x = x.contiguous()
     if torch.compiler.is_compiling():
+        y = x
         for link in chain.links:
-            x = _apply(link, x)
-        return x if bias is None else x + bias
+            y = _apply(link, y)
+        y = y.view(-1, chain.sizes[-1])
+        return y if bias is None else y + bias
     if between is None:
         return _recorded(x, chain, bias)
     count = 0
     for link in chain.links:
-        x = _recorded(x, Chain([link], x.shape[1]))
+        x = _recorded(x, Chain([link], x.shape[1]))  # (tokens, size)
         if isinstance(link, Link):
             count += 1
             x = between(x, count - 1) if count < len(chain.matrices) else x
@@ -98,9 +106,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bare, x, bias, *matrices):
-        ctx.bare = bare
-        states = [x.new_empty(len(x), size) if size <= x.shape[1] else None for size in bare.sizes[1:-1]]
-        y = _forward(x, bare.filled(matrices), bias, states)
+        ctx.bare, (tokens, width) = bare, x.shape
+        states = [x.new_empty(tokens, size) if size <= width else None for size in bare[1][1:-1]]
+        y = _forward(x, Chain.filled(bare, matrices), bias, states)
         ctx.save_for_backward(x, *matrices, *(state for state in states if state is not None))
         return y
 
@@ -109,21 +117,22 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, grad):
         wants_x, wants_bias, *wants = ctx.needs_input_grad[1:]
         x, *saved = ctx.saved_tensors
-        kept = iter(saved[len(wants) :])
-        states = [next(kept) if size <= x.shape[1] else None for size in ctx.bare.sizes[1:-1]]
-        chain = ctx.bare.filled(saved[: len(wants)])
+        kept, width = iter(saved[len(wants) :]), x.shape[1]
+        states = [next(kept) if size <= width else None for size in ctx.bare[1][1:-1]]
+        chain = Chain.filled(ctx.bare, saved[: len(wants)])
         gx, gradients = _backward(x, chain, states, grad.contiguous(), wants_x, wants)
         return None, gx, grad.sum(0) if wants_bias else None, *gradients
 
 
 def _forward(x, chain, bias=None, states=None):
     """y (tokens, out); `states`: for each intermediate result a tensor (tokens, size) to fill, or None."""
-    groups = chain.groups(x)
-    if states is None and len(groups) == 1:
+    groups, out = chain.groups(x), chain.sizes[-1]
+    if len(groups) == 1 and not (states and any(state is not None for state in states)):
         for link in chain.links:
             x = _apply(link, x)
+        x = x.view(-1, out)
         return x if bias is None else x.add_(bias)
-    y = x.new_empty(len(x), chain.sizes[-1])
+    y = x.new_empty(x.shape[0], out)
     places = [*(states or [None] * (len(chain.links) - 1)), y]
     for group in groups:
         state = x[group]
@@ -135,22 +144,22 @@ def _forward(x, chain, bias=None, states=None):
 
 
 def _apply(link, state, out=None):
-    """One link or turn: (tokens, size) -> (tokens, size'), both contiguous."""
+    """One link or turn. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
     if isinstance(link, Turn):
         turned = state.view(-1, link.rows, link.columns).mT
-        found = turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
-        return found.view(len(state), -1)
+        return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
     if width == 1 or (turned_in and turned_out):
-        found = torch.mm(state.view(-1, k), matrix.t(), out=None if out is None else out.view(-1, m))
-        return found.view(len(state), -1)
+        rows = state.view(-1, k)
+        return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
     blocks = state.view(-1, width, k).mT if turned_in else state.view(-1, k, width)
+    count = blocks.shape[0]
     if turned_out:
-        shape, pair = (len(blocks), width, m), (blocks.mT, matrix.t().expand(len(blocks), k, m))
+        shape, pair = (count, width, m), (blocks.mT, matrix.t().expand(count, k, m))
     else:
-        shape, pair = (len(blocks), m, width), (matrix.expand(len(blocks), m, k), blocks)
-    return torch.bmm(*pair, out=None if out is None else out.view(shape)).view(len(state), -1)
+        shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
+    return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
 
 
 def _backward(x, chain, states, grad, wants_x, wants):

@@ -16,6 +16,7 @@ class Kept:
     def clear(self):
         """Forget what was built."""
         self._built, self._sizes, self._sources, self._stamp = {}, {}, (), None
+        self.ready = {}  # chains, by (tokens, dtype): what a call in evaluation takes without another look
 
     @property
     def numbers(self):
@@ -28,20 +29,27 @@ class Kept:
         sources: the tensors that build() reads; held, so that no other can take their place in memory
         numbers: how many build() makes; room: how many may be kept in all. What was kept before makes room
         """
-        stamp = [(id(source), source._version, source.data_ptr()) for source in sources]
-        if stamp != self._stamp:
+        if not self.current(sources):
             self.clear()
-            self._sources, self._stamp = tuple(sources), stamp
+            self._sources, self._stamp = tuple(sources), _stamp(sources)
         found = self._built.get(name)
         if found is None:
             if self.numbers + numbers > room:
-                self._built, self._sizes = {}, {}
+                self._built, self._sizes, self.ready = {}, {}, {}
             found = self._built[name] = build()
             self._sizes[name] = numbers
         return found
+
+    def current(self, sources):
+        """Whether what is kept was built from these tensors as they are now."""
+        return self._stamp == _stamp(sources)
 
     def __deepcopy__(self, memo):
         return Kept()
 
     def __reduce__(self):
         return (Kept, ())
+
+
+def _stamp(sources):
+    return [(id(source), source._version, source.data_ptr()) for source in sources]

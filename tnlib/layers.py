@@ -28,8 +28,8 @@ class _Factorized(nn.Module):
         self.error = None  # relative Frobenius error of the decomposition this layer came from; None if drawn at random
         self.between = None  # module applied to the input and to intermediate results, see Form.forward
         self.plan = None  # name of the plan of contraction to take; None: the fastest for so many tokens
-        self.materialize = "auto"  # what to keep in evaluation, see materialize_
         self.kept = Kept()
+        self.materialize = "auto"
         sizes = self.form.factor_shapes(self.shape)
         self._names = (tuple(sizes), tuple(self.form.index_shapes(self.shape)))  # of factors, of orders
         self._spare = max(0, math.prod(self.shape) - self.form.num_params(self.shape))
@@ -41,9 +41,22 @@ class _Factorized(nn.Module):
             self.load_factors(self.form.random(self.shape, device=device))
 
     @property
+    def materialize(self):
+        """What to keep in evaluation, see materialize_."""
+        return self._materialize
+
+    @materialize.setter
+    def materialize(self, policy):
+        if policy not in POLICIES:
+            raise ValueError(f"materialize: got policy {policy!r}; needed one of {', '.join(POLICIES)}.")
+        self._materialize = policy
+        self.kept.clear()
+
+    @property
     def factors(self):
         """The trainable tensors by name."""
-        return {name: getattr(self, name) for name in self._names[0]}
+        stored = self._parameters  # of the layer itself, which is quicker than to ask for an attribute
+        return {name: stored[name] if name in stored else getattr(self, name) for name in self._names[0]}
 
     @property
     def orders(self):
@@ -53,7 +66,7 @@ class _Factorized(nn.Module):
     @property
     def operands(self):
         """Factors and orders by name, as the form's functions take them."""
-        return self.factors | self.orders
+        return self.factors | self.orders if self._names[1] else self.factors
 
     @property
     def weight(self):
@@ -156,6 +169,12 @@ class FactorizedLinear(_Factorized):
         """Multiply-adds times two for `tokens` inputs by the plan with the fewest; bias not counted."""
         return self.form.flops(self.shape, tokens)
 
+    def _may_repeat(self, x):
+        """Whether this call can do what an earlier one in evaluation did, without another look."""
+        if self.training or not self.kept.ready or torch.is_grad_enabled():
+            return False
+        return self.plan is None and self.between is None and not torch.is_autocast_enabled(x.device.type)
+
     def explain(self, tokens=512):
         """Every plan for so many tokens with its predicted and measured time; see explain.py."""
         return explain(self, tokens)
@@ -169,6 +188,10 @@ class FactorizedLinear(_Factorized):
         operands = self.operands
         if x.numel() == 0 or not operands:
             return F.linear(x, self.weight, self.bias)
+        if not torch.compiler.is_compiling() and self._may_repeat(x):
+            y = self.form.again(x, operands, self.shape, self.bias, self.kept)
+            if y is not None:
+                return y
         room = 0 if torch.compiler.is_compiling() else self.room(operands)
         return self.form.forward(x, operands, self.shape, self.bias, self.between, self.plan, self.kept, room)
 
@@ -290,12 +313,9 @@ def materialize_(model, policy):
     Raises: ValueError for another policy
     Exact: outputs are the same to rounding; num_params and the checkpoint do not change.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"materialize_: got policy {policy!r}; needed one of {', '.join(POLICIES)}.")
     for module in model.modules():
         if isinstance(module, _Factorized):
             module.materialize = policy
-            module.kept.clear()
 
 
 def dense_layer(weight, bias, source, training):
