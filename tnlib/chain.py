@@ -164,30 +164,33 @@ def _apply(link, state, out=None):
 
 def _backward(x, chain, states, grad, wants_x, wants):
     """Gradients of x (or None) and of the matrices (None where not wanted), group by group."""
-    groups = chain.groups(x)
-    sums = [_zeros(matrix, len(groups)) if want else None for matrix, want in zip(chain.matrices, wants)]
+    groups, totals = chain.groups(x), [None] * len(wants)
+    if len(groups) == 1:
+        return _group_backward(x, chain, states, grad, wants_x, wants, totals)
     gx = torch.empty_like(x) if wants_x else None
+    if x.dtype in (torch.float16, torch.bfloat16):  # many small sums: in float32
+        totals = [torch.zeros(matrix.shape, device=x.device) for matrix in chain.matrices]
     for group in groups:
-        state, before = x[group], [x[group]]  # what each link saw
-        for link, held in zip(chain.links[:-1], states):
-            state = _apply(link, state) if held is None else held[group]
-            before.append(state)
-        g, number = grad[group], len(sums)
-        for at in reversed(range(len(before))):
-            link, seen = chain.links[at], before.pop()
-            if isinstance(link, Link):
-                number -= 1
-                if sums[number] is not None:
-                    _add_matrix_grad(sums[number], link, g, seen)
-            if at or wants_x:
-                g = _apply(_transposed(link), g, gx[group] if at == 0 else None)
-    return gx, [None if total is None else total.to(m.dtype) for total, m in zip(sums, chain.matrices)]
+        held = [None if state is None else state[group] for state in states]
+        place = gx[group] if wants_x else None
+        _, totals = _group_backward(x[group], chain, held, grad[group], wants_x, wants, totals, place)
+    return gx, [total.to(x.dtype) if want else None for total, want in zip(totals, wants)]
 
 
-def _zeros(matrix, groups):
-    """Where a gradient is summed up, in float32 if groups of half precision follow each other."""
-    half = groups > 1 and matrix.dtype in (torch.float16, torch.bfloat16)
-    return torch.zeros(matrix.shape, dtype=torch.float32 if half else matrix.dtype, device=matrix.device)
+def _group_backward(x, chain, states, grad, wants_x, wants, totals, gx=None):
+    """The same for one group of tokens; to `totals` its share is added, in `gx` it is written."""
+    before, totals, number = [x], list(totals), len(wants)  # what each link saw
+    for link, state in zip(chain.links[:-1], states):
+        before.append(_apply(link, before[-1]) if state is None else state)
+    for at in range(len(before) - 1, -1, -1):
+        link, seen = chain.links[at], before.pop()
+        if isinstance(link, Link):
+            number -= 1
+            if wants[number]:
+                totals[number] = _matrix_grad(link, grad, seen, totals[number])
+        if at or wants_x:
+            grad = _apply(_transposed(link), grad, None if at else gx)
+    return grad.view(x.shape) if wants_x else None, totals
 
 
 def _transposed(link):
@@ -197,19 +200,18 @@ def _transposed(link):
     return Link(link.matrix.t(), link.width, link.turned_out, link.turned_in)
 
 
-def _add_matrix_grad(total, link, grad, seen):
-    """total (m, k) += the sum of grad (m, width) times seen (k, width) transposed, over all blocks."""
+def _matrix_grad(link, grad, seen, total):
+    """total (m, k), or nothing, plus the sum of grad (m, width) times seen (k, width) transposed over all blocks."""
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
-    if width == 1:
-        turned_in = turned_out = True
-    g = grad.view(-1, width, m) if turned_out else grad.view(-1, m, width).mT  # (blocks, width, m)
-    s = seen.view(-1, width, k) if turned_in else seen.view(-1, k, width).mT  # (blocks, width, k)
-    if not (turned_in and turned_out) and m * k <= (m + k) * width:
-        total += torch.bmm(g.mT, s).sum(0)
-    else:
-        g, s = g.reshape(-1, m), s.reshape(-1, k)
-        if total.dtype == grad.dtype:
-            total.addmm_(g.t(), s)
-        else:
-            total += g.t() @ s
+    if not (turned_in and turned_out) and width > 1:
+        g = grad.view(-1, width, m) if turned_out else grad.view(-1, m, width).mT  # (blocks, width, m)
+        s = seen.view(-1, width, k) if turned_in else seen.view(-1, k, width).mT  # (blocks, width, k)
+        if m * k <= (m + k) * width:
+            found = torch.bmm(g.mT, s).sum(0)
+            return found if total is None else total.add_(found)
+        grad, seen = g.reshape(-1, m), s.reshape(-1, k)
+    g, s = grad.view(-1, m), seen.view(-1, k)
+    if total is None:
+        return torch.mm(g.t(), s)
+    return total.addmm_(g.t(), s) if total.dtype == g.dtype else total.add_(torch.mm(g.t(), s))
