@@ -43,6 +43,7 @@ def memory(tmp_path, monkeypatch):
 def small_groups(monkeypatch):
     """Tokens go through in several groups."""
     monkeypatch.setattr(chain, "GROUP", 4096)
+    monkeypatch.setattr(chain, "LARGE_GROUP", 4096)
 
 
 # ---- every plan computes the same
@@ -128,7 +129,8 @@ def test_an_unknown_plan_is_refused():
 # ---- what a plan costs
 
 
-def test_predicted_flops_are_those_that_torch_counts(form):
+def test_predicted_flops_are_those_that_torch_counts(form, monkeypatch):
+    monkeypatch.setattr(chain, "FEW", 0)  # all by matrix products, which torch counts
     factors, x = form.random(SHAPE), torch.randn(9, IN)
     for plan in form.plans(SHAPE, 9):
         counter = FlopCounterMode(display=False)
@@ -344,8 +346,9 @@ def test_an_unknown_policy_is_refused(layer):
 # ---- compiled, autocast, explained
 
 
-def test_a_compiled_layer_serves_all_token_counts_with_one_graph():
-    layer = FactorizedLinear(Kronecker(right=(2, 3), terms=2), SHAPE).eval()
+@pytest.mark.parametrize("form", [Kronecker(right=(2, 3), terms=2), Kronecker(right=(2, 1)), MPO(order=3, max_rank=2)], ids=str)
+def test_a_compiled_layer_serves_all_token_counts_with_one_graph(form):
+    layer = FactorizedLinear(form, SHAPE).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
     with torch.no_grad():
