@@ -10,7 +10,7 @@ from torch import nn
 import tnlib as tn
 from tnlib.choose import Case, bucket
 
-LIKELY = 6.0
+LIKELY = 3.0
 SETTINGS = ("auto", "never", "always")
 
 
