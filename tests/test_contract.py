@@ -348,6 +348,7 @@ def test_an_unknown_policy_is_refused(layer):
 
 @pytest.mark.parametrize("form", [Kronecker(right=(2, 3), terms=2), Kronecker(right=(2, 1)), MPO(order=3, max_rank=2)], ids=str)
 def test_a_compiled_layer_serves_all_token_counts_with_one_graph(form):
+    torch._dynamo.reset()  # its limit of graphs is one for all layers of a process
     layer = FactorizedLinear(form, SHAPE).eval()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)

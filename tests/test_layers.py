@@ -112,6 +112,7 @@ def test_random_initialization_has_the_variance_of_the_weight():
 
 @pytest.mark.parametrize("form", [LowRank(rank=5), Kronecker(right=(2, 3), terms=2), MPO(order=3, max_rank=6)], ids=str)
 def test_compiles_and_serves_other_token_counts(form):
+    torch._dynamo.reset()  # its limit of graphs is one for all layers of a process
     layer = FactorizedLinear.from_dense(linear(dtype=torch.float32), form)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for tokens in (1, 5, 64):
@@ -122,7 +123,7 @@ def test_compiles_and_serves_other_token_counts(form):
 def test_autocast_runs_in_bfloat16():
     layer = FactorizedLinear.from_dense(linear(dtype=torch.float32), MPO(order=3, max_rank=6))
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(3, IN)).dtype in (torch.bfloat16, torch.float32)
+        assert layer(torch.randn(3, IN)).dtype == torch.bfloat16
 
 
 def test_meta_layers_have_shapes_and_no_values():
