@@ -49,10 +49,11 @@ def small_groups(monkeypatch):
 # ---- every plan computes the same
 
 
-@pytest.mark.parametrize("groups", ["one group", "several groups"])
-def test_outputs_and_gradients_of_every_plan_are_those_of_the_dense_weight(form, groups, request):
+@pytest.mark.parametrize("groups", ["torch's own", "one group", "several groups"])
+def test_outputs_and_gradients_of_every_plan_are_those_of_the_dense_weight(form, groups, request, monkeypatch):
     if groups == "several groups":
         request.getfixturevalue("small_groups")
+    monkeypatch.setattr(chain, "TINY", 10**9 if groups == "torch's own" else 0)
     x = torch.randn(37, IN, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
     factors = form.random(SHAPE, 0.2, dtype=torch.float64)
@@ -89,7 +90,8 @@ def test_half_precision_gradients_of_many_groups_are_summed_in_float32(small_gro
 
 
 @pytest.mark.parametrize("form", [f for f in FORMS if not isinstance(f, LowRank)], ids=str)
-def test_training_keeps_nothing_for_each_token_that_is_larger_than_the_input(form):
+def test_training_keeps_nothing_for_each_token_that_is_larger_than_the_input(form, monkeypatch):
+    monkeypatch.setattr(chain, "TINY", 0)
     form, tokens, sizes = form.resolve(SHAPE), 300, []
     factors = {n: f.requires_grad_(f.is_floating_point()) for n, f in form.random(SHAPE).items()}
     for plan in form.plans(SHAPE, tokens):

@@ -16,6 +16,7 @@ GROUP = 2 << 20
 LARGE_GROUP = 32 << 20
 CHEAP = 256  # FLOPs for each number of the largest intermediate result
 FEW = 4  # entries of a matrix for which a product is slower than one operation an entry
+TINY = 1 << 14  # numbers of an intermediate result below which torch's own backward pass, in C++, is quicker than the one here
 GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are worth more
 
 
@@ -91,11 +92,7 @@ def run(x, chain, bias=None, between=None):
         return F.linear(x, chain.matrices[0], bias)
     x = x.contiguous()
     if torch.compiler.is_compiling():
-        y = x
-        for link in chain.links:
-            y = _apply(link, y)
-        y = y.view(-1, chain.sizes[-1])
-        return y if bias is None else y + bias
+        return _plain(x, chain, bias)
     if between is None:
         return _recorded(x, chain, bias)
     count = 0
@@ -107,9 +104,19 @@ def run(x, chain, bias=None, between=None):
     return x if bias is None else x + bias
 
 
+def _plain(x, chain, bias):
+    """By torch's own operations and their own gradients."""
+    for link in chain.links:
+        x = _apply(link, x, plain=True)
+    x = x.reshape(-1, chain.sizes[-1])
+    return x if bias is None else x + bias
+
+
 def _recorded(x, chain, bias=None):
     """The chain as one operation of the autograd graph, where there is one."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *chain.matrices)):
+        if x.shape[0] * chain.widest <= TINY:
+            return _plain(x, chain, bias)
         return _Chain.apply(chain.bare(), x, bias, *chain.matrices)
     return _forward(x, chain, bias)
 
@@ -156,7 +163,7 @@ def _forward(x, chain, bias=None, states=None):
     return y
 
 
-def _apply(link, state, out=None):
+def _apply(link, state, out=None, plain=False):
     """One link or turn. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
     if isinstance(link, Turn):
         turned = state.view(-1, link.rows, link.columns).mT
@@ -165,7 +172,7 @@ def _apply(link, state, out=None):
     m, k = matrix.shape
     if width == 1 or (turned_in and turned_out):
         rows = state.view(-1, k)
-        if k == 1 and m <= FEW and not torch.compiler.is_compiling():
+        if k == 1 and m <= FEW and not plain:
             return _spread(rows[:, 0], matrix[:, 0], out)
         return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
     blocks = state.view(-1, width, k).mT if turned_in else state.view(-1, k, width)
@@ -237,6 +244,6 @@ def _matrix_grad(link, grad, seen, total):
     g, s = grad.view(-1, m), seen.view(-1, k)
     if m * k <= FEW and total is None and g.dtype in (torch.float32, torch.float64):
         return torch.stack([torch.stack([torch.dot(a, b) for b in s.unbind(1)]) for a in g.unbind(1)])
-    if total is None:
-        return torch.mm(g.t(), s)
+    if total is None:  # in the layout of the matrix, which is that of the factor
+        return torch.mm(g.t(), s) if matrix.stride(1) == 1 else torch.mm(s.t(), g).t()
     return total.addmm_(g.t(), s) if total.dtype == g.dtype else total.add_(torch.mm(g.t(), s))
