@@ -32,17 +32,18 @@ class Applied:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
             if room and chosen.held <= room and plan is None and factors is sources:
-                kept.ready[flat.shape[0], flat.dtype] = chain
+                direct = len(chain.links) > 1 and not self.reordered and not self._ends_elsewhere(shape)
+                kept.ready[flat.shape[0], flat.dtype] = chain, direct and len(chain.groups(flat)) == 1
             y = self._through(flat, factors, shape, chain, bias)
         return y.reshape(*x.shape[:-1], shape[0])
 
     def again(self, x, factors, shape, bias, kept):
         """`forward` without gradients by a chain that `kept` has ready for as many tokens; None if it has none."""
         flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
-        chain = kept.ready.get((flat.shape[0], flat.dtype))
+        chain, direct = kept.ready.get((flat.shape[0], flat.dtype), (None, False))
         if chain is None or not kept.current(factors.values()):
             return None
-        y = self._through(flat, factors, shape, chain, bias)
+        y = chain.at_once(flat.contiguous(), bias) if direct else self._through(flat, factors, shape, chain, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
 
     def _kept_chain(self, sources, factors, shape, plan, dtype, kept, room):

@@ -57,6 +57,13 @@ class Chain:
         step = -(-tokens // count)
         return [slice(start, start + step) for start in range(0, tokens, step)]
 
+    def at_once(self, x, bias=None):
+        """`run` of contiguous tokens that are one group, without gradients and without looking at either."""
+        for link in self.links:
+            x = _apply(link, x)
+        x = x.view(-1, self.sizes[-1])
+        return x if bias is None else x.add_(bias)
+
     def _flops(self):
         """Of one token."""
         links = zip(self.sizes, self.links)
@@ -148,10 +155,7 @@ def _forward(x, chain, bias=None, states=None):
     """y (tokens, out); `states`: for each intermediate result a tensor (tokens, size) to fill, or None."""
     groups, out = chain.groups(x), chain.sizes[-1]
     if len(groups) == 1 and not (states and any(state is not None for state in states)):
-        for link in chain.links:
-            x = _apply(link, x)
-        x = x.view(-1, out)
-        return x if bias is None else x.add_(bias)
+        return chain.at_once(x, bias)
     y = x.new_empty(x.shape[0], out)
     places = [*(states or [None] * (len(chain.links) - 1)), y]
     for group in groups:
@@ -172,7 +176,7 @@ def _apply(link, state, out=None, plain=False):
     m, k = matrix.shape
     if width == 1 or (turned_in and turned_out):
         rows = state.view(-1, k)
-        if k == 1 and m <= FEW and not plain:
+        if k == 1 and m <= FEW and rows.shape[0] > TINY and not plain:
             return _spread(rows[:, 0], matrix[:, 0], out)
         return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
     blocks = state.view(-1, width, k).mT if turned_in else state.view(-1, k, width)
