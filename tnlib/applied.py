@@ -32,15 +32,16 @@ class Applied:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
             if room and chosen.held <= room and plan is None and factors is sources:
-                direct = len(chain.links) > 1 and not self.reordered and not self._ends_elsewhere(shape)
-                kept.ready[flat.shape[0], flat.dtype] = chain, direct and len(chain.groups(flat)) == 1
+                most, direct = bucket(flat.shape[0]), len(chain.links) > 1 and not self.reordered
+                direct = direct and not self._ends_elsewhere(shape) and chain.one_group(most, flat)
+                kept.ready[most, flat.dtype] = chain, direct
             y = self._through(flat, factors, shape, chain, bias)
         return y.reshape(*x.shape[:-1], shape[0])
 
     def again(self, x, factors, shape, bias, kept):
         """`forward` without gradients by a chain that `kept` has ready for as many tokens; None if it has none."""
         flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
-        chain, direct = kept.ready.get((flat.shape[0], flat.dtype), (None, False))
+        chain, direct = kept.ready.get((bucket(flat.shape[0]), flat.dtype), (None, False))
         if chain is None or not kept.current(factors.values()):
             return None
         y = chain.at_once(flat.contiguous(), bias) if direct else self._through(flat, factors, shape, chain, bias)
@@ -132,7 +133,7 @@ class Applied:
             grad = torch.is_grad_enabled() and any(
                 t is not None and t.requires_grad for t in (flat, bias, *factors.values())
             )
-        quick = (flat.shape[0], flat.dtype, flat.device, grad, room)
+        quick = (bucket(flat.shape[0]), flat.dtype, flat.device, grad, room)
         found = None if kept is None else kept.plans.get(quick)
         if found is None:
             case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room)

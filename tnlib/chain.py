@@ -48,7 +48,7 @@ class Chain:
     def groups(self, x):
         """Slices of the tokens, of about equal sizes; one for all if they are few."""
         tokens, size = x.shape[0], self.widest * x.element_size()
-        if tokens * size <= GROUP:
+        if self.one_group(tokens, x):
             return [slice(0, tokens)]
         limit = GROUP_ELSEWHERE
         if x.device.type == "cpu":
@@ -56,6 +56,10 @@ class Chain:
         count = -(-tokens * size // limit)
         step = -(-tokens // count)
         return [slice(start, start + step) for start in range(0, tokens, step)]
+
+    def one_group(self, tokens, like):
+        """Whether so many tokens are few enough to go through together, whatever the device."""
+        return tokens * self.widest * like.element_size() <= GROUP
 
     def at_once(self, x, bias=None):
         """`run` of contiguous tokens that are one group, without gradients and without looking at either."""
