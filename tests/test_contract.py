@@ -15,11 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnlib as tn
-from tnlib import chain, choose, machine
+from tnlib import chain, choose, links, machine
 from tnlib.choose import Case
 from tnlib.contract import merge, partitions
+from tnlib.factorized import materialize_
 from tnlib.kronecker import Kronecker
-from tnlib.layers import FactorizedEmbedding, FactorizedLinear, materialize_
+from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.shapes import ShapeError
 from tnlib.tt_matrix import MPO, TTMatrix
@@ -65,6 +66,16 @@ def test_outputs_and_gradients_of_every_plan_are_those_of_the_dense_weight(form,
         assert torch.allclose(found, y, atol=1e-10), plan.name
         for a, b in zip(torch.autograd.grad(found.square().sum(), leaves), wanted):
             assert torch.allclose(a, b, atol=1e-8), plan.name
+
+
+@pytest.mark.parametrize("right", [(2, 1), (4, 1), (1, 3)])
+def test_tiny_factors_and_many_rows_take_another_way_to_the_same(right):
+    layer = FactorizedLinear(Kronecker(right=right), SHAPE).double()
+    x = torch.randn(links.MANY // 6 + 5, IN, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    wanted = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias).square().sum(), leaves)
+    for a, b in zip(torch.autograd.grad(layer(x).square().sum(), leaves), wanted):
+        assert torch.allclose(a, b, rtol=1e-9)
 
 
 def test_frozen_factors_get_no_gradient_and_the_input_does(form, small_groups):
@@ -132,7 +143,7 @@ def test_an_unknown_plan_is_refused():
 
 
 def test_predicted_flops_are_those_that_torch_counts(form, monkeypatch):
-    monkeypatch.setattr(chain, "FEW", 0)  # all by matrix products, which torch counts
+    monkeypatch.setattr(links, "FEW", 0)  # all by matrix products, which torch counts
     factors, x = form.random(SHAPE), torch.randn(9, IN)
     for plan in form.plans(SHAPE, 9):
         counter = FlopCounterMode(display=False)

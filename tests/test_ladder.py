@@ -9,8 +9,9 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "chain", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
-    ["spectrum", "contract", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
+    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties"],
+    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
+    ["contract"],
     ["lookup", "machine"],
     ["choose"],
     ["applied"],
@@ -20,7 +21,8 @@ RUNGS = [
     ["permute"],
     ["low_rank", "kronecker", "tensor_train"],
     ["tt_matrix", "weighted"],
-    ["layers", "recipe", "audit"],
+    ["factorized", "audit"],
+    ["layers", "recipe"],
     ["papers", "plan", "explore", "schedule", "layer_fit", "build"],
     ["fit_store", "profile", "prefix"],
     ["objective", "hand_rules"],

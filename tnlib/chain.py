@@ -4,36 +4,19 @@ Tokens go through the whole chain in groups whose largest intermediate result st
 intermediate results only those that are no larger than the input, and computes the others again.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from tnlib.links import Link, Turn, apply_link, matrix_grad, transposed
 
 # Bytes of the largest intermediate result of a group of tokens, by timing 0.5 to 1000 MiB at 4,096 tokens. Where arithmetic is
 # cheap beside it, what the caches hold; else less than what the system hands out as fresh pages, and takes back, at every call.
 GROUP = 2 << 20
 LARGE_GROUP = 32 << 20
 CHEAP = 256  # FLOPs for each number of the largest intermediate result
-FEW = 4  # entries of a matrix for which a product is slower than one operation an entry
 TINY = 1 << 14  # numbers of an intermediate result below which torch's own backward pass, in C++, is quicker than the one here
 GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are worth more
-
-
-class Link(NamedTuple):
-    """A matrix (m, k) and the blocks (k, width) of the state that it multiplies, each giving (m, width)."""
-
-    matrix: torch.Tensor
-    width: int
-    turned_in: bool = False  # blocks are held as (width, k)
-    turned_out: bool = False  # they are to be given as (width, m)
-
-
-class Turn(NamedTuple):
-    """Blocks (rows, columns) of the state copied as (columns, rows)."""
-
-    rows: int
-    columns: int
 
 
 class Chain:
@@ -64,7 +47,7 @@ class Chain:
     def at_once(self, x, bias=None):
         """`run` of contiguous tokens that are one group, without gradients and without looking at either."""
         for link in self.links:
-            x = _apply(link, x)
+            x = apply_link(link, x)
         x = x.view(-1, self.sizes[-1])
         return x if bias is None else x.add_(bias)
 
@@ -118,7 +101,7 @@ def run(x, chain, bias=None, between=None):
 def _plain(x, chain, bias):
     """By torch's own operations and their own gradients."""
     for link in chain.links:
-        x = _apply(link, x, plain=True)
+        x = apply_link(link, x, plain=True)
     x = x.reshape(-1, chain.sizes[-1])
     return x if bias is None else x + bias
 
@@ -165,39 +148,10 @@ def _forward(x, chain, bias=None, states=None):
     for group in groups:
         state = x[group]
         for link, place in zip(chain.links, places):
-            state = _apply(link, state, None if place is None else place[group])
+            state = apply_link(link, state, None if place is None else place[group])
         if bias is not None:
             y[group] += bias
     return y
-
-
-def _apply(link, state, out=None, plain=False):
-    """One link or turn. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
-    if isinstance(link, Turn):
-        turned = state.view(-1, link.rows, link.columns).mT
-        return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
-    matrix, width, turned_in, turned_out = link
-    m, k = matrix.shape
-    if width == 1 or (turned_in and turned_out):
-        rows = state.view(-1, k)
-        if k == 1 and m <= FEW and rows.shape[0] > TINY and not plain:
-            return _spread(rows[:, 0], matrix[:, 0], out)
-        return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
-    blocks = state.view(-1, width, k).mT if turned_in else state.view(-1, k, width)
-    count = blocks.shape[0]
-    if turned_out:
-        shape, pair = (count, width, m), (blocks.mT, matrix.t().expand(count, k, m))
-    else:
-        shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
-    return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
-
-
-def _spread(numbers, factors, out):
-    """Each number times each of a few factors, (n,), (m,) -> (n, m): a column at a time is twice as fast as a product."""
-    out = numbers.new_empty(numbers.shape[0], factors.shape[0]) if out is None else out.view(-1, factors.shape[0])
-    for column, factor in zip(out.unbind(1), factors.unbind(0)):
-        torch.mul(numbers, factor, out=column)
-    return out
 
 
 def _backward(x, chain, states, grad, wants_x, wants):
@@ -219,39 +173,13 @@ def _group_backward(x, chain, states, grad, wants_x, wants, totals, gx=None):
     """The same for one group of tokens; to `totals` its share is added, in `gx` it is written."""
     before, totals, number = [x], list(totals), len(wants)  # what each link saw
     for link, state in zip(chain.links[:-1], states):
-        before.append(_apply(link, before[-1]) if state is None else state)
+        before.append(apply_link(link, before[-1]) if state is None else state)
     for at in range(len(before) - 1, -1, -1):
         link, seen = chain.links[at], before.pop()
         if isinstance(link, Link):
             number -= 1
             if wants[number]:
-                totals[number] = _matrix_grad(link, grad, seen, totals[number])
+                totals[number] = matrix_grad(link, grad, seen, totals[number])
         if at or wants_x:
-            grad = _apply(_transposed(link), grad, None if at else gx)
+            grad = apply_link(transposed(link), grad, None if at else gx)
     return grad.view(x.shape) if wants_x else None, totals
-
-
-def _transposed(link):
-    """The link that takes gradients back."""
-    if isinstance(link, Turn):
-        return Turn(link.columns, link.rows)
-    return Link(link.matrix.t(), link.width, link.turned_out, link.turned_in)
-
-
-def _matrix_grad(link, grad, seen, total):
-    """total (m, k), or nothing, plus the sum of grad (m, width) times seen (k, width) transposed over all blocks."""
-    matrix, width, turned_in, turned_out = link
-    m, k = matrix.shape
-    if not (turned_in and turned_out) and width > 1:
-        g = grad.view(-1, width, m) if turned_out else grad.view(-1, m, width).mT  # (blocks, width, m)
-        s = seen.view(-1, width, k) if turned_in else seen.view(-1, k, width).mT  # (blocks, width, k)
-        if m * k <= (m + k) * width:
-            found = torch.bmm(g.mT, s).sum(0)
-            return found if total is None else total.add_(found)
-        grad, seen = g.reshape(-1, m), s.reshape(-1, k)
-    g, s = grad.view(-1, m), seen.view(-1, k)
-    if m * k <= FEW and total is None and g.dtype in (torch.float32, torch.float64):
-        return torch.stack([torch.stack([torch.dot(a, b) for b in s.unbind(1)]) for a in g.unbind(1)])
-    if total is None:  # in the layout of the matrix, which is that of the factor
-        return torch.mm(g.t(), s) if matrix.stride(1) == 1 else torch.mm(s.t(), g).t()
-    return total.addmm_(g.t(), s) if total.dtype == g.dtype else total.add_(torch.mm(g.t(), s))

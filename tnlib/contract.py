@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from tnlib.chain import Chain, Link, Turn
+from tnlib.chain import Chain
+from tnlib.links import Link, Turn
 
 
 @dataclass(frozen=True)

@@ -4,130 +4,18 @@ A layer knows its form (shapes and ranks), its (out, in) shape and the dense cla
 budgets or quantization.
 """
 
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from tnlib.explain import explain
-from tnlib.form import Form, measured_error
-from tnlib.kept import POLICIES, Kept
-from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
+from tnlib.factorized import Factorized
+from tnlib.form import measured_error
+from tnlib.shapes import ShapeError, is_conv1d, weight_of
 
 
-class _Factorized(nn.Module):
-    """What both layers share: factors as parameters named by the form, and the weight that they stand for."""
-
-    def __init__(self, form, shape, device=None, dtype=None, draw=True):
-        super().__init__()
-        if not isinstance(form, Form):
-            raise ShapeError(f"{type(self).__name__}: got form {form!r}; needed a Form such as LowRank(kept=0.5).")
-        self.shape = (int(shape[0]), int(shape[1]))  # (out, in); for an embedding (rows, dim)
-        self.form = form.resolve(self.shape)
-        self.error = None  # relative Frobenius error of the decomposition this layer came from; None if drawn at random
-        self.between = None  # module applied to the input and to intermediate results, see Form.forward
-        self.plan = None  # name of the plan of contraction to take; None: the fastest for so many tokens
-        self.kept = Kept()
-        self.materialize = "auto"
-        sizes = self.form.factor_shapes(self.shape)
-        self._names = (tuple(sizes), tuple(self.form.index_shapes(self.shape)))  # of factors, of orders
-        self._spare = max(0, math.prod(self.shape) - self.form.num_params(self.shape))
-        for name, size in sizes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype, device=device)))
-        for name, order in self.form.natural_orders(self.shape, device).items():
-            self.register_buffer(name, order)
-        if draw:
-            self.load_factors(self.form.random(self.shape, device=device))
-
-    @property
-    def materialize(self):
-        """What to keep in evaluation, see materialize_."""
-        return self._materialize
-
-    @materialize.setter
-    def materialize(self, policy):
-        if policy not in POLICIES:
-            raise ValueError(f"materialize: got policy {policy!r}; needed one of {', '.join(POLICIES)}.")
-        self._materialize = policy
-        self.kept.clear()
-
-    @property
-    def factors(self):
-        """The trainable tensors by name."""
-        stored = self._parameters  # of the layer itself, which is quicker than to ask for an attribute
-        return {name: stored[name] if name in stored else getattr(self, name) for name in self._names[0]}
-
-    @property
-    def orders(self):
-        """Row and column orders by name, integer buffers; empty for a form that does not permute."""
-        return {name: getattr(self, name) for name in self._names[1]}
-
-    @property
-    def operands(self):
-        """Factors and orders by name, as the form's functions take them."""
-        return self.factors | self.orders if self._names[1] else self.factors
-
-    @property
-    def weight(self):
-        """The (out, in) weight that the factors stand for, rebuilt at every access; gradients flow to the factors."""
-        return self.form.to_dense(self.operands, self.shape)
-
-    def train(self, mode=True):
-        """As in torch; what was kept for evaluation is given back."""
-        if mode:
-            self.kept.clear()
-        return super().train(mode)
-
-    def room(self, operands=None):
-        """Numbers that may be kept from one call to the next: none in training, nor of factors computed at every access."""
-        operands = self.operands if operands is None else operands
-        if self.training or self.materialize == "never" or "parametrizations" in self._modules:
-            return 0
-        if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands.values()):
-            return 0
-        if any(operand.is_inference() for operand in operands.values()):
-            return 0  # torch does not count their changes
-        return math.inf if self.materialize == "always" else self._spare
-
-    def num_params(self):
-        """Numbers stored: factors and bias. Exact: equals the elements of the layer's own parameters."""
-        bias = getattr(self, "bias", None)
-        return self.form.num_params(self.shape) + (0 if bias is None else bias.numel())
-
-    def load_factors(self, factors, error=None):
-        """Put factors (from form.decompose or form.random) into parameters and buffers, keeping their dtype and device."""
-        with torch.no_grad():
-            for name, factor in factors.items():
-                getattr(self, name).copy_(factor)
-        self.error = None if error is None else float(error)
-
-    def share_factors(self, other):
-        """Use another layer's parameters and orders, as a tied output head uses its embedding's."""
-        for name in self.operands:
-            setattr(self, name, getattr(other, name))
-
-    def _fit(self, weight, init, generator):
-        """Factors of `weight` by the form's initialization `init`; or random ones, of the weight's own variance or of none's."""
-        check_weight(weight, type(self).__name__)
-        if weight.device.type == "meta":
-            return
-        weight = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-        if init in ("random", "scratch"):
-            std = float(weight.std(correction=0)) if init == "random" else sum(self.shape) ** -0.5
-            self.load_factors(self.form.random(self.shape, std, generator))
-            self.error = float(measured_error(weight.cpu(), self.weight.detach().cpu()))
-        else:
-            factors, error = self.form.decompose(weight, init, generator)
-            self.load_factors(factors, error)
-
-    def extra_repr(self):
-        out, width = self.shape
-        error = "" if self.error is None else f", error={self.error:.4f}"
-        return f"out={out}, in={width}, {self.form}, kept={self.form.share(self.shape):.3f}{error}"
-
-
-class FactorizedLinear(_Factorized):
+class FactorizedLinear(Factorized):
     """Drop-in for nn.Linear or GPT-2's Conv1D whose weight is held as factors: x (…, in) -> (…, out).
 
     Exact: equals F.linear(x, layer.weight, layer.bias) for every plan of contraction, up to rounding.
@@ -196,7 +84,7 @@ class FactorizedLinear(_Factorized):
         return self.form.forward(x, operands, self.shape, self.bias, self.between, self.plan, self.kept, room)
 
 
-class FactorizedEmbedding(_Factorized):
+class FactorizedEmbedding(Factorized):
     """Drop-in for nn.Embedding whose (rows, dim) table is held as factors; a look-up never builds the table.
 
     Exact: equals F.embedding(ids, layer.weight), up to rounding.
@@ -302,20 +190,6 @@ class SplitLinear(nn.Module):
     def forward(self, x):
         """x: (…, in). Returns: (…, out), the parts' outputs side by side."""
         return torch.cat([part(x) for part in self.parts], dim=-1)  # (…, out)
-
-
-def materialize_(model, policy):
-    """What the factorized layers of a model keep in evaluation, in place; returns None.
-
-    policy: "auto": matrices in the layout that a plan of contraction reads, cores merged, as long as a layer's factors and
-        these together are fewer numbers than its dense weight; "always": also the dense weight, where that is the fastest
-        plan; "never": nothing. Training keeps nothing, and so does no layer whose factors are quantized
-    Raises: ValueError for another policy
-    Exact: outputs are the same to rounding; num_params and the checkpoint do not change.
-    """
-    for module in model.modules():
-        if isinstance(module, _Factorized):
-            module.materialize = policy
 
 
 def dense_layer(weight, bias, source, training):
