@@ -60,6 +60,19 @@ def test_block_lanczos_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch,
     assert excess < 1e-4  # the library's promise for large unfoldings
 
 
+@pytest.mark.parametrize("noise", [1.0, 1e-3])
+def test_large_matrices_are_cut_in_float32_only_where_it_cannot_be_seen(monkeypatch, noise):
+    matrix = torch.randn(60, 8) @ torch.randn(8, 90) / 8**0.5 + noise * torch.randn(60, 90)
+    exact, dtypes, eigh = truncate(matrix.double(), 8), [], torch.linalg.eigh
+    monkeypatch.setattr(spectrum, "LARGE", 0)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: dtypes.append(gram.dtype) or eigh(gram))
+    found = truncate(matrix, 8)
+    assert dtypes == [torch.float32] + [torch.float64] * (noise < 1)
+    missed = [(cut.discarded / cut.total).sqrt() for cut in (found, exact)]
+    assert torch.allclose(*missed, rtol=1e-4)
+    assert torch.allclose((matrix - found.left @ found.right).norm() / matrix.norm(), missed[1].float(), rtol=1e-4)
+
+
 def test_zero_and_rank_deficient_matrices_stay_finite():
     left, right = truncate(torch.zeros(4, 6), 2).balanced()
     assert torch.equal(left @ right, torch.zeros(4, 6))

@@ -3,7 +3,7 @@
 Every decomposition in tnlib truncates the spectrum of some unfolding that is short one way and long the other. The
 eigenvectors of the short side's Gram matrix are all that is needed: m*m*n multiplications for the Gram and m^3 for its
 eigenvectors, instead of a full SVD. A Gram squares the matrix and loses half the digits: it is formed in float64, unless the
-cut turns out to discard so much that float32 could not be seen in it. Where both sides are long and few triplets are wanted, block Lanczos iteration finds
+matrix is large and the cut discards so much that float32 cannot be seen in the error. Where both sides are long and few triplets are wanted, block Lanczos iteration finds
 them, and the error that is left is checked between iterations.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 GRAM_LIMIT = 2048  # short side up to which the Gram's eigenvectors are taken: 2048^3 float64 takes about 1 s on 2 cores
+LARGE = 1 << 23  # numbers from which on float32 is tried: below, float64 costs little and gives the same digits on any number of threads
 DEEP = 0.01  # share of the energy discarded from which on float32 is enough: a relative error of 0.1, known to 1e-4 of it
 PIECE = 1 << 22  # numbers of the matrix that are held in float64 at a time
 KRYLOV_GAIN = 3e-5  # stop when a step lowers the relative error by less than this; what is left out then is about as much
@@ -63,7 +64,7 @@ def truncate(matrix, max_rank=None, tolerance=0.0):
 def _exact(matrix, rank, tolerance=0.0):
     """By the Gram of the short side."""
     full = min(matrix.shape[-2:])
-    if matrix.dtype == torch.float32 and rank < full and not tolerance:
+    if matrix.dtype == torch.float32 and matrix.numel() >= LARGE and rank < full and not tolerance:
         found = _assemble(matrix, *_leading(_gram(matrix), rank))
         if bool((found.discarded >= DEEP * found.total).all()):
             return found

@@ -48,13 +48,7 @@ def tt_svd(tensor, max_rank=None, tolerance=0.0, ranks=None, batch_dims=0):
     first, last, row, column = 0, len(modes) - 1, 1, 1  # modes left to split off, ranks at both ends of the rest
     while first < last:
         top, end = row * modes[first], modes[last] * column
-        if top <= end and caps[first + 1] == top and not share:  # nothing to cut: a core that only names what stays
-            cores[first] = _identity(rest, batch, top).reshape(*batch, row, modes[first], top)
-            row, first = top, first + 1
-        elif end < top and caps[last] == end and not share:
-            cores[last] = _identity(rest, batch, end).reshape(*batch, end, modes[last], column)
-            column, last = end, last - 1
-        elif top <= end:
+        if top <= end:
             step = cut[first] = truncate(rest.reshape(*batch, top, -1), caps[first + 1], share)
             cores[first] = step.left.reshape(*batch, row, modes[first], step.rank)
             rest, row, first = step.right, step.rank, first + 1
@@ -75,18 +69,13 @@ def best_train(where, tensor, ranks, init, batch_dims):
     return fit.cores, fit.error
 
 
-def _identity(like, batch, size):
-    return torch.eye(size, dtype=like.dtype, device=like.device).expand(*batch, size, size)
-
-
 def _finish(cores, cut):
     """The fit: the largest total is the tensor's own energy, since every later cut saw a projection of it."""
     ranks = (1, *(core.shape[-1] for core in cores))
-    nothing = torch.zeros(cores[0].shape[:-3], dtype=torch.float64, device=cores[0].device)
-    if not any(cut):
-        return TensorTrainFit(cores, ranks, nothing, (nothing,) * len(cut))
-    total = torch.stack([step.total for step in cut if step]).amax(0)  # (…,)
-    shares = tuple(step.discarded / total.clamp_min(1e-300) if step else nothing for step in cut)
+    if not cut:
+        return TensorTrainFit(cores, ranks, torch.zeros(cores[0].shape[:-3], dtype=torch.float64), ())
+    total = torch.stack([step.total for step in cut]).amax(0)  # (…,)
+    shares = tuple(step.discarded / total.clamp_min(1e-300) for step in cut)
     return TensorTrainFit(cores, ranks, relative(sum(shares), torch.ones_like(total)), shares)
 
 
