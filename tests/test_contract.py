@@ -154,8 +154,6 @@ def test_predicted_flops_are_those_that_torch_counts(form, monkeypatch):
 
 def test_what_a_plan_holds_is_what_its_matrices_take_beside_the_factors(form):
     factors = form.random(SHAPE)
-    if "scale" in factors:  # multiplied into the left factor at every call: never a view
-        return
     own = {factor.untyped_storage().data_ptr() for factor in factors.values()}
     for plan in form.plans(SHAPE, 9)[:-1]:
         made = [m for m in form.chain(factors, SHAPE, plan).matrices if m.untyped_storage().data_ptr() not in own]
@@ -262,7 +260,9 @@ def test_timing_inside_a_checkpointed_block_leaves_no_trace(memory, monkeypatch)
 
 @pytest.fixture
 def layer():
-    return FactorizedLinear(MPO(order=3, max_rank=2), SHAPE).eval()
+    layer = FactorizedLinear(MPO(order=3, max_rank=2), SHAPE).eval()
+    materialize_(layer, "auto")
+    return layer
 
 
 def test_evaluation_keeps_what_it_built_and_training_gives_it_back(layer):
@@ -340,6 +340,7 @@ def test_what_is_kept_never_outgrows_the_dense_weight(layer):
 
 def test_an_embedding_keeps_its_halves():
     table = FactorizedEmbedding(TTMatrix(order=3, max_rank=3), (4096, 27)).eval()
+    materialize_(table, "auto")
     ids = torch.arange(4096)
     with torch.no_grad():
         assert torch.allclose(table(ids), table.weight[ids], atol=1e-6)
@@ -414,7 +415,7 @@ def test_a_call_that_repeats_an_earlier_one_follows_the_factors_the_policy_and_a
         assert not torch.allclose(layer(x), y)
         layer.materialize = "never"
         layer(x)
-        assert not layer.kept.ready
+        assert layer.kept.numbers == 0
     layer.materialize = "auto"
     with torch.no_grad():
         layer(x)
@@ -424,5 +425,19 @@ def test_a_call_that_repeats_an_earlier_one_follows_the_factors_the_policy_and_a
 
 def test_whole_models_take_a_policy():
     model = nn.Sequential(FactorizedLinear(LowRank(rank=2), SHAPE), nn.Linear(OUT, 2))
-    tn.materialize_(model, "never")
-    assert model[0].materialize == "never"
+    tn.materialize_(model, "always")
+    assert model[0].materialize == "always"
+
+
+def test_as_layers_start_changes_through_data_count_too(form):
+    layer, x = FactorizedLinear(form, SHAPE).double().eval(), torch.randn(3, IN, dtype=torch.float64)
+    with torch.no_grad():
+        for plan in (None, *(plan.name for plan in layer.form.plans(SHAPE, 3))):
+            layer.plan = plan
+            for _ in range(2):
+                layer(x)
+                next(iter(layer.factors.values())).data.mul_(2)
+                layer.bias.data.add_(1)
+                if "scale" in layer.factors:
+                    layer.scale.data.fill_(0.5)
+                assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-7)

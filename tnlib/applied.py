@@ -14,13 +14,14 @@ from tnlib.shapes import ShapeError
 class Applied:
     """The part of a Form that touches tensors of tokens; shapes are (out, in) of the weight replaced."""
 
-    def forward(self, x, factors, shape, bias=None, between=None, plan=None, kept=None, room=0):
+    def forward(self, x, factors, shape, bias=None, between=None, plan=None, kept=None, room=None):
         """x (…, in) -> (…, out), by the fastest plan for this many tokens: contract the factors, or rebuild the weight.
 
         between: a function of a tensor and its place, applied to the input and to each intermediate result; the plan is then
             always the first of `plans`, so that places mean the same for any number of tokens
         plan: name of the plan to take; None: the fastest, see choose.py
-        kept, room: a Kept for what is built from the factors, and how many numbers it may hold
+        kept, room: a Kept for what is built from the factors, and how many numbers it may hold (0: views of factors only;
+            None: nothing is kept)
         """
         flat, sources = x.reshape(-1, shape[1]), factors  # (tokens, in)
         if (dtype := _autocast(x.device.type)) is not None:
@@ -32,7 +33,7 @@ class Applied:
         else:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
-            if room and chosen.held <= room and plan is None and factors is sources:
+            if room is not None and chosen.held <= room and plan is None and factors is sources:
                 most, direct = bucket(flat.shape[0]), len(chain.links) > 1 and not self.reordered
                 direct = direct and not self._ends_elsewhere(shape) and chain.one_group(most, flat)
                 kept.ready[most, flat.dtype] = chain, direct
@@ -50,7 +51,7 @@ class Applied:
 
     def _kept_chain(self, sources, factors, shape, plan, dtype, kept, room):
         """The chain of a plan, out of `kept` if that may hold it."""
-        if not room or plan.held > room:
+        if room is None or plan.held > room:
             return self.chain(factors, shape, plan)
         return kept.fetch((plan.name, dtype), sources.values(), plan.held, room, lambda: self.chain(factors, shape, plan))
 
@@ -77,7 +78,7 @@ class Applied:
         first = self._arrangement(shape, None)
         return tuple(f"core{k}" for k in range(len(first.groups) - 1))
 
-    def rows(self, ids, factors, shape, plan=None, kept=None, room=0):
+    def rows(self, ids, factors, shape, plan=None, kept=None, room=None):
         """Rows `ids` (tokens,) of the weight, without building it: (tokens, in). plan, kept, room: as in `forward`."""
         every = row_plans_of(self, shape, TRACED_TOKENS)
         if plan is not None or len(every) == 1 or torch.compiler.is_compiling() or ids.device.type == "meta":
@@ -88,7 +89,7 @@ class Applied:
         def build():
             return tables(self.paired(factors), chosen.groups)
 
-        if room and chosen.held <= room:
+        if room is not None and chosen.held <= room:
             found = kept.fetch(("rows", chosen.name), factors.values(), chosen.held, room, build)
         else:
             found = build()
@@ -137,7 +138,7 @@ class Applied:
         quick = (bucket(flat.shape[0]), flat.dtype, flat.device, grad, room)
         found = None if kept is None else kept.plans.get(quick)
         if found is None:
-            case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room)
+            case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room or 0)
             found = choose(case, lambda plan: self.attempt(plan, flat, factors, shape, bias, grad, case.keeps(plan)))
             if kept is not None:
                 kept.plans[quick] = found
@@ -164,12 +165,12 @@ class Applied:
     def _choose_rows(self, ids, factors, shape, room):
         first = next(iter(factors.values()))
         grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
-        case = Case(self, shape, bucket(len(ids)), str(ids.device), first.dtype, grad, room, rows=True)
+        case = Case(self, shape, bucket(len(ids)), str(ids.device), first.dtype, grad, room or 0, rows=True)
 
         def attempt(plan):
             still = {name: factor.detach() for name, factor in factors.items()}
             found = tables(self.paired(still), plan.groups)
-            if 0 < plan.held <= room:
+            if 0 < plan.held <= (room or 0):
                 return lambda: look_up(ids, found)
             return lambda: look_up(ids, tables(self.paired(still), plan.groups))
 

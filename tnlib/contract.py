@@ -70,9 +70,10 @@ class Arrangement(NamedTuple):
 @lru_cache(maxsize=16384)
 def plans_of(form, shape, tokens):
     """Every plan of a resolved form for a weight `shape` (out, in) and `tokens` tokens, the one that rebuilds it last."""
-    cores = form.paired({name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()})
+    factors = {name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()}
+    cores = form.paired(factors)
     reordered = [shape[axis == "columns"] for axis in form.reordered]  # sizes of the axes to reorder, for every token
-    found = [_priced(arrangement, cores, tokens, reordered) for arrangement in form.arrangements(shape)]
+    found = [_priced(arrangement, cores, factors.values(), tokens, reordered) for arrangement in form.arrangements(shape)]
     return (*found, _rebuilding(cores, shape, tokens, len(reordered)))
 
 
@@ -83,7 +84,7 @@ def _rebuilding(cores, shape, tokens, orders):
     return Plan("rebuild", groups, True, False, tuple(build), (Product(tokens, width, out),), out * width)
 
 
-def _priced(arrangement, cores, tokens, reordered):
+def _priced(arrangement, cores, factors, tokens, reordered):
     name, groups, forward, turned = arrangement
     build, merged = [], []
     for first, end in groups:
@@ -99,7 +100,7 @@ def _priced(arrangement, cores, tokens, reordered):
         first, end = groups[move.core]
         sizes = [merged[move.core][axis] for axis in move.axes]
         m, k = math.prod(sizes[:2]), math.prod(sizes[2:])
-        if end - first > 1 or not _is_view(cores[first], move.axes, m, k):
+        if end - first > 1 or not is_view(cores[first].permute(move.axes).reshape(m, k), factors):
             held += m * k
             build += [Copy(m * k)] * (end - first == 1)
         run.append(_product(m, k, columns // k, move))
@@ -114,8 +115,9 @@ def _product(m, k, columns, move):
     return Product(m, k, move.width, columns // move.width)
 
 
-def _is_view(core, axes, m, k):
-    return core.permute(axes).reshape(m, k)._is_view()
+def is_view(matrix, factors):
+    """Whether a matrix is one of the factors in another shape, so that it need not be kept."""
+    return any(matrix is factor or matrix._base is factor for factor in factors)
 
 
 class Move(NamedTuple):

@@ -23,7 +23,7 @@ class Factorized(nn.Module):
         self.between = None  # module applied to the input and to intermediate results, see Form.forward
         self.plan = None  # name of the plan of contraction to take; None: the fastest for so many tokens
         self.kept = Kept()
-        self.materialize = "auto"
+        self.materialize = "never"
         sizes = self.form.factor_shapes(self.shape)
         self._names = (tuple(sizes), tuple(self.form.index_shapes(self.shape)))  # of factors, of orders
         self._spare = max(0, math.prod(self.shape) - self.form.num_params(self.shape))
@@ -74,15 +74,15 @@ class Factorized(nn.Module):
         return super().train(mode)
 
     def room(self, operands=None):
-        """Numbers that may be kept from one call to the next: none in training, nor of factors computed at every access."""
+        """Numbers that may be kept from one call to the next; None: nothing, in training or if factors are computed at every access."""
         operands = self.operands if operands is None else operands
-        if self.training or self.materialize == "never" or "parametrizations" in self._modules:
-            return 0
+        if self.training or "parametrizations" in self._modules:
+            return None
         if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands.values()):
-            return 0
+            return None
         if any(operand.is_inference() for operand in operands.values()):
-            return 0  # torch does not count their changes
-        return math.inf if self.materialize == "always" else self._spare
+            return None  # torch does not count their changes
+        return {"never": 0, "auto": self._spare, "always": math.inf}[self.materialize]
 
     def num_params(self):
         """Numbers stored: factors and bias. Exact: equals the elements of the layer's own parameters."""
@@ -124,9 +124,10 @@ class Factorized(nn.Module):
 def materialize_(model, policy):
     """What the factorized layers of a model keep in evaluation, in place; returns None.
 
-    policy: "auto": matrices in the layout that a plan of contraction reads, cores merged, as long as a layer's factors and
+    policy: "never", as layers start: nothing but views of the factors; "auto": matrices in the layout that a plan of contraction reads, cores merged, as long as a layer's factors and
         these together are fewer numbers than its dense weight; "always": also the dense weight, where that is the fastest
-        plan; "never": nothing. Training keeps nothing, and so does no layer whose factors are quantized
+        plan. Training keeps nothing, and so does no layer whose factors are quantized. What is kept follows every change of a
+        factor that torch counts; it counts none that is made in place through `.data`, after which call this again
     Raises: ValueError for another policy
     Exact: outputs are the same to rounding; num_params and the checkpoint do not change.
     """

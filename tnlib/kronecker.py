@@ -219,7 +219,7 @@ class Kronecker(Form):
     def _ends_elsewhere(self, shape):
         return "rows" in self.reordered
 
-    def rows(self, ids, factors, shape, plan=None, kept=None, room=0):
+    def rows(self, ids, factors, shape, plan=None, kept=None, room=None):
         """Rows `ids` (tokens,) of the weight, without building it: (tokens, in)."""
         if "row_order" in factors:
             ids = factors["row_order"][ids]

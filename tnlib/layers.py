@@ -80,7 +80,7 @@ class FactorizedLinear(Factorized):
             y = self.form.again(x, operands, self.shape, self.bias, self.kept)
             if y is not None:
                 return y
-        room = 0 if torch.compiler.is_compiling() else self.room(operands)
+        room = None if torch.compiler.is_compiling() else self.room(operands)
         return self.form.forward(x, operands, self.shape, self.bias, self.between, self.plan, self.kept, room)
 
 

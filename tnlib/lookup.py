@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tnlib.contract import Copy, Plan, Product, _merge_steps, _merged_shape, merge
+from tnlib.contract import Copy, Plan, Product, _merge_steps, _merged_shape, is_view, merge
 
 
 class Table(NamedTuple):
@@ -45,16 +45,17 @@ def look_up(ids, tables):
 @lru_cache(maxsize=4096)
 def row_plans_of(form, shape, tokens):
     """Every plan to look up `tokens` rows of a resolved form's weight."""
-    cores = form.paired({name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()})
-    return tuple(_priced(name, groups, cores, tokens) for name, groups in form.row_groups(shape))
+    factors = {name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()}
+    cores = form.paired(factors)
+    return tuple(_priced(name, groups, cores, factors.values(), tokens) for name, groups in form.row_groups(shape))
 
 
-def _priced(name, groups, cores, tokens):
+def _priced(name, groups, cores, factors, tokens):
     build, run, held, done = [], [], 0, 1
     for first, end in groups:
         build += _merge_steps(tuple(tuple(core.shape) for core in cores[first:end]))
         r, o, i, s = _merged_shape(cores[first:end])
-        if end - first > 1 or not cores[first].transpose(0, 1).reshape(o, -1)._is_view():
+        if end - first > 1 or not is_view(cores[first].transpose(0, 1).reshape(o, -1), factors):
             held += r * o * i * s
             build += [Copy(r * o * i * s)] * (end - first == 1)
         run.append(Copy(tokens * r * i * s))

@@ -60,6 +60,7 @@ def models(measure):
     found["dense again"] = twin(found["dense"])
     for name in FORMS:
         found[name] = student(name)
+        tn.materialize_(found[name], "auto")
         for setting in ours.SETTINGS[1:] if measure != "train" else ():  # in training nothing is kept
             found[f"{name}, {setting}"] = other = twin(found[name])
             tn.materialize_(other, setting)

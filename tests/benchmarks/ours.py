@@ -43,6 +43,7 @@ def least_flops(form, shape, tokens):
 def embedding(form, shape, factors):
     """A FactorizedEmbedding that holds these factors."""
     layer = tn.FactorizedEmbedding(form, shape)
+    tn.materialize_(layer, "auto")
     layer.load_factors(factors)
     return layer
 
