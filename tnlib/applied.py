@@ -70,7 +70,7 @@ class Applied:
     def chain(self, factors, shape, plan):
         """The Chain that carries out a plan, see chain.py."""
         if plan.name == "rebuild":
-            return Chain([Link(self.to_dense(factors, shape), 1)], shape[1])
+            return Chain([Link(self.to_dense(factors, shape), 1)], (shape[1], shape[0]))
         return chain_of(self.paired(factors), plan)
 
     def places(self, shape):

@@ -1,32 +1,38 @@
 """Carrying out a plan: one small matrix after the other, each times a batch of blocks of the tokens' state.
 
 Tokens go through the whole chain in groups whose largest intermediate result stays in the cache. Training keeps of the
-intermediate results only those that are no larger than the input, and computes the others again.
+intermediate results those that are no larger than the input, and the others while there is room in what the factors save
+against a dense weight and its gradient; beyond, they are computed again. So no step needs more memory than a dense layer's.
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from tnlib.links import Link, Turn, apply_link, matrix_grad, transposed
+from tnlib.links import Link, Turn, apply_link, few_grads, in_rows, matrix_grad, transposed
 
 # Bytes of the largest intermediate result of a group of tokens, by timing 0.5 to 1000 MiB at 4,096 tokens. Where arithmetic is
 # cheap beside it, what the caches hold; else less than what the system hands out as fresh pages, and takes back, at every call.
 GROUP = 2 << 20
 LARGE_GROUP = 32 << 20
 CHEAP = 256  # FLOPs for each number of the largest intermediate result
-TINY = 1 << 14  # numbers of an intermediate result below which torch's own backward pass, in C++, is quicker than the one here
+TINY = 1 << 14  # numbers of an intermediate result below which torch's own backward pass, in C++, is always quicker
 GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are worth more
 
 
 class Chain:
-    """Links and Turns for tokens of `width` numbers."""
+    """Links and Turns.
 
-    def __init__(self, links, width, sizes=None):
-        self.links = links
+    sizes: numbers that a token has before, between and after them
+    spare: numbers that training may hold beside what a dense layer does
+    """
+
+    def __init__(self, links, sizes, spare=0):
+        self.links, self.sizes, self.spare = links, sizes, spare
         self.matrices = [link.matrix for link in links if isinstance(link, Link)]
-        self.sizes = sizes or _sizes(links, width)  # numbers a token has before, between and after the links
-        self.widest = max(self.sizes[1:-1], default=0)
+        self.widest = max(sizes[1:-1], default=0)
 
     def groups(self, x):
         """Slices of the tokens, of about equal sizes; one for all if they are few."""
@@ -51,36 +57,40 @@ class Chain:
         x = x.view(-1, self.sizes[-1])
         return x if bias is None else x.add_(bias)
 
+    def keeps(self, tokens):
+        """Whether training keeps each of the intermediate results."""
+        between = self.sizes[1:-1]
+        larger = tokens * sum(size for size in between if size > self.sizes[0])
+        return [size <= self.sizes[0] or larger <= self.spare for size in between]
+
+    def suits_torch(self, tokens):
+        """Whether torch's own backward pass keeps no more than the one here, and makes nothing large of its own."""
+        plain = all(in_rows(link) or few_grads(link) for link in self.links if isinstance(link, Link))
+        return tokens * self.widest <= TINY or (plain and all(self.keeps(tokens)))
+
     def _flops(self):
         """Of one token."""
         links = zip(self.sizes, self.links)
         return sum(2 * size * link.matrix.shape[0] for size, link in links if isinstance(link, Link))
 
     def bare(self):
-        """The links without their matrices, and the sizes: what has no part in an autograd graph."""
-        return [link if isinstance(link, Turn) else link._replace(matrix=None) for link in self.links], self.sizes
+        """All but the matrices: what has no part in an autograd graph."""
+        links = [link if isinstance(link, Turn) else link._replace(matrix=None) for link in self.links]
+        return links, self.sizes, self.spare
 
     @classmethod
     def filled(cls, bare, matrices):
         """The Chain again."""
-        given, (links, sizes) = iter(matrices), bare
-        links = [link if isinstance(link, Turn) else link._replace(matrix=next(given)) for link in links]
-        return cls(links, sizes[0], sizes)
-
-
-def _sizes(links, width):
-    sizes = [width]
-    for link in links:
-        m, k = (1, 1) if isinstance(link, Turn) else link.matrix.shape
-        sizes.append(sizes[-1] // k * m)
-    return sizes
+        given, (links, *rest) = iter(matrices), bare
+        return cls([link if isinstance(link, Turn) else link._replace(matrix=next(given)) for link in links], *rest)
 
 
 def run(x, chain, bias=None, between=None):
     """x (tokens, in) through a Chain, plus bias: (tokens, out).
 
     between: a function of (state, number of the link), applied to what every link but the last gives
-    Exact: with one link, x @ matrix.T + bias; intermediate results kept for the backward pass are no larger than x.
+    Exact: with one link, x @ matrix.T + bias; what is kept for the backward pass beside x: intermediate results no larger
+        than x, and others if all of them together have no more numbers than `chain.spare`.
     """
     if len(chain.links) == 1:
         return F.linear(x, chain.matrices[0], bias)
@@ -90,8 +100,8 @@ def run(x, chain, bias=None, between=None):
     if between is None:
         return _recorded(x, chain, bias)
     count = 0
-    for link in chain.links:
-        x = _recorded(x, Chain([link], x.shape[1]))  # (tokens, size)
+    for link, sizes in zip(chain.links, itertools.pairwise(chain.sizes)):
+        x = _recorded(x, Chain([link], sizes))  # (tokens, size)
         if isinstance(link, Link):
             count += 1
             x = between(x, count - 1) if count < len(chain.matrices) else x
@@ -109,7 +119,7 @@ def _plain(x, chain, bias):
 def _recorded(x, chain, bias=None):
     """The chain as one operation of the autograd graph, where there is one."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *chain.matrices)):
-        if x.shape[0] * chain.widest <= TINY:
+        if chain.suits_torch(x.shape[0]):
             return _plain(x, chain, bias)
         return _Chain.apply(chain.bare(), x, bias, *chain.matrices)
     return _forward(x, chain, bias)
@@ -120,9 +130,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bare, x, bias, *matrices):
-        ctx.bare, (tokens, width) = bare, x.shape
-        states = [x.new_empty(tokens, size) if size <= width else None for size in bare[1][1:-1]]
-        y = _forward(x, Chain.filled(bare, matrices), bias, states)
+        ctx.bare, chain, tokens = bare, Chain.filled(bare, matrices), x.shape[0]
+        states = [x.new_empty(tokens, size) if kept else None for size, kept in zip(chain.sizes[1:-1], chain.keeps(tokens))]
+        y = _forward(x, chain, bias, states)
         ctx.save_for_backward(x, *matrices, *(state for state in states if state is not None))
         return y
 
@@ -131,9 +141,8 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, grad):
         wants_x, wants_bias, *wants = ctx.needs_input_grad[1:]
         x, *saved = ctx.saved_tensors
-        kept, width = iter(saved[len(wants) :]), x.shape[1]
-        states = [next(kept) if size <= width else None for size in ctx.bare[1][1:-1]]
-        chain = Chain.filled(ctx.bare, saved[: len(wants)])
+        chain, states = Chain.filled(ctx.bare, saved[: len(wants)]), iter(saved[len(wants) :])
+        states = [next(states) if kept else None for kept in chain.keeps(x.shape[0])]
         gx, gradients = _backward(x, chain, states, grad.contiguous(), wants_x, wants)
         return None, gx, grad.sum(0) if wants_bias else None, *gradients
 

@@ -80,7 +80,7 @@ def plans_of(form, shape, tokens):
 def _rebuilding(cores, shape, tokens, orders):
     """The plan that merges all cores, puts the weight in order if it has one, and multiplies once."""
     (out, width), groups = shape, ((0, len(cores)),)
-    build = [*_merge_steps(tuple(tuple(core.shape) for core in cores)), *[Copy(out * width)] * orders]
+    build = [*merge_steps(tuple(tuple(core.shape) for core in cores)), *[Copy(out * width)] * orders]
     return Plan("rebuild", groups, True, False, tuple(build), (Product(tokens, width, out),), out * width)
 
 
@@ -88,8 +88,9 @@ def _priced(arrangement, cores, factors, tokens, reordered):
     name, groups, forward, turned = arrangement
     build, merged = [], []
     for first, end in groups:
-        build += _merge_steps(tuple(tuple(core.shape) for core in cores[first:end]))
-        merged.append(_merged_shape(cores[first:end]))
+        shapes = tuple(tuple(core.shape) for core in cores[first:end])
+        build += merge_steps(shapes)
+        merged.append(merged_shape(shapes))
     run = [Copy(tokens * size) for size in reordered]
     columns = tokens * math.prod(core[2] for core in merged)  # numbers in the state
     held = 0
@@ -121,7 +122,7 @@ def is_view(matrix, factors):
 
 
 class Move(NamedTuple):
-    """A core as a matrix, and what it meets; see chain.Link."""
+    """A core as a matrix, and what it meets; see links.Link."""
 
     core: int
     axes: tuple  # order of (r, o, i, s): the first two are the matrix's rows, the last two its columns
@@ -167,16 +168,32 @@ def _leftward(sizes, turned):
 
 def chain_of(cores, plan):
     """The Chain that carries out a plan: for cores (r, o, i, s) without batch axes."""
+    shapes = tuple([tuple(core.shape) for core in cores])
+    course, sizes, spare = _course(shapes, tuple(plan.groups), plan.forward, plan.turned)
     merged = [merge(cores[first:end]) for first, end in plan.groups]
-    found = []
-    for move in moves([tuple(core.shape) for core in merged], plan.forward, plan.turned):
-        if isinstance(move, Turn):
-            found.append(move)
-            continue
-        core = merged[move.core].permute(move.axes)
-        matrix = core.reshape(core.shape[0] * core.shape[1], core.shape[2] * core.shape[3])
-        found.append(Link(matrix, move.width, move.turned_in, move.turned_out))
-    return Chain(found, math.prod([core.shape[-2] for core in merged]))
+    links = [
+        move if isinstance(move, Turn) else Link(merged[move.core].permute(move.axes).reshape(shape), *move[2:])
+        for move, shape in course
+    ]
+    return Chain(links, sizes, spare)
+
+
+@lru_cache(maxsize=4096)
+def _course(shapes, groups, forward, turned):
+    """(move, shape of its matrix) one by one, what a token's state has before, between and after, and the Chain's `spare`."""
+    merged = [merged_shape(shapes[first:end]) for first, end in groups]
+    _, out, width, _ = merged_shape(merged)
+    course, sizes = [], [width]
+    for move in moves(merged, forward, turned):
+        shape = (1, 1)
+        if isinstance(move, Move):
+            r, o, i, s = (merged[move.core][axis] for axis in move.axes)
+            shape = (r * o, i * s)
+        course.append((move, shape))
+        sizes.append(sizes[-1] // shape[1] * shape[0])
+    built = [math.prod(shape) for shape, (first, end) in zip(merged, groups) if end - first > 1]
+    numbers = sum(built) + sum(math.prod(shape) for shape in shapes)  # with their gradients, and what a dense weight takes more
+    return tuple(course), tuple(sizes), 2 * max(0, out * width - numbers)
 
 
 def merge(cores):
@@ -216,7 +233,7 @@ def _last_bond(sizes):
 _last_bond._dynamo_marked_constant = True  # see choose.traced_plan
 
 
-def _merge_steps(sizes):
+def merge_steps(sizes):
     """Products and the copy of `merge`."""
     if len(sizes) == 1:
         return []
@@ -233,9 +250,10 @@ def _products(sizes):
     return [*_products(sizes[:at]), *_products(sizes[at:]), last]
 
 
-def _merged_shape(cores):
-    outs, ins = ([core.shape[axis] for core in cores] for axis in (-3, -2))
-    return (cores[0].shape[-4], math.prod(outs), math.prod(ins), cores[-1].shape[-1])
+def merged_shape(shapes):
+    """(r, o, i, s) of neighbors of these shapes merged."""
+    _, outs, ins, _ = zip(*shapes)
+    return (shapes[0][0], math.prod(outs), math.prod(ins), shapes[-1][3])
 
 
 def partitions(count):

@@ -74,7 +74,7 @@ class Factorized(nn.Module):
         return super().train(mode)
 
     def room(self, operands=None):
-        """Numbers that may be kept from one call to the next; None: nothing, in training or if factors are computed at every access."""
+        """Numbers that may be kept from one call to the next; None, in training or if factors are computed: nothing at all."""
         operands = self.operands if operands is None else operands
         if self.training or "parametrizations" in self._modules:
             return None
@@ -124,10 +124,11 @@ class Factorized(nn.Module):
 def materialize_(model, policy):
     """What the factorized layers of a model keep in evaluation, in place; returns None.
 
-    policy: "never", as layers start: nothing but views of the factors; "auto": matrices in the layout that a plan of contraction reads, cores merged, as long as a layer's factors and
-        these together are fewer numbers than its dense weight; "always": also the dense weight, where that is the fastest
-        plan. Training keeps nothing, and so does no layer whose factors are quantized. What is kept follows every change of a
-        factor that torch counts; it counts none that is made in place through `.data`, after which call this again
+    policy: "never", as layers start: nothing but views of the factors; "auto": cores merged and in the layout that a plan
+        reads, as long as they and the factors together are fewer numbers than the dense weight; "always": also the dense
+        weight, where that is the fastest plan. Training keeps nothing, nor does a layer whose factors are quantized. What is
+        kept follows every change of a factor that torch counts; it counts none that is made in place through `.data`: after
+        one, call this again
     Raises: ValueError for another policy
     Exact: outputs are the same to rounding; num_params and the checkpoint do not change.
     """

@@ -16,7 +16,7 @@ class Kept:
     def clear(self):
         """Forget what was built."""
         self._built, self._sizes, self._sources, self._stamp = {}, {}, (), None
-        self.ready = {}  # (chain, whether it may go straight through), by (tokens, dtype): what a call in evaluation takes without another look
+        self.ready = {}  # by (tokens, dtype): the chain, and whether it may go straight through, for calls in evaluation
 
     @property
     def numbers(self):

@@ -4,7 +4,6 @@ A layer knows its form (shapes and ranks), its (out, in) shape and the dense cla
 budgets or quantization.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import nn

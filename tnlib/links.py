@@ -31,7 +31,7 @@ def apply_link(link, state, out=None, plain=False):
         return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
-    if width == 1 or (turned_in and turned_out):
+    if in_rows(link):
         rows = state.view(-1, k)
         if k == 1 and m <= FEW and rows.shape[0] > MANY and not plain:
             return _spread(rows[:, 0], matrix[:, 0], out)
@@ -43,6 +43,17 @@ def apply_link(link, state, out=None, plain=False):
     else:
         shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
     return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
+
+
+def in_rows(link):
+    """Whether all blocks are multiplied at once, as the rows of one product."""
+    return link.width == 1 or (link.turned_in and link.turned_out)
+
+
+def few_grads(link):
+    """Whether the matrix's gradients by one block each are fewer numbers than the block and what it gave."""
+    m, k = link.matrix.shape
+    return m * k <= (m + k) * link.width
 
 
 def _spread(numbers, factors, out):
@@ -64,10 +75,10 @@ def matrix_grad(link, grad, seen, total):
     """total (m, k), or nothing, plus the sum of grad (m, width) times seen (k, width) transposed over all blocks."""
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
-    if not (turned_in and turned_out) and width > 1:
+    if not in_rows(link):
         g = grad.view(-1, width, m) if turned_out else grad.view(-1, m, width).mT  # (blocks, width, m)
         s = seen.view(-1, width, k) if turned_in else seen.view(-1, k, width).mT  # (blocks, width, k)
-        if m * k <= (m + k) * width:
+        if few_grads(link):
             found = torch.bmm(g.mT, s).sum(0)
             return found if total is None else total.add_(found)
         grad, seen = g.reshape(-1, m), s.reshape(-1, k)

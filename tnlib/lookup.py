@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from tnlib.contract import Copy, Plan, Product, _merge_steps, _merged_shape, is_view, merge
+from tnlib.contract import Copy, Plan, Product, is_view, merge, merge_steps, merged_shape
 
 
 class Table(NamedTuple):
@@ -53,8 +53,9 @@ def row_plans_of(form, shape, tokens):
 def _priced(name, groups, cores, factors, tokens):
     build, run, held, done = [], [], 0, 1
     for first, end in groups:
-        build += _merge_steps(tuple(tuple(core.shape) for core in cores[first:end]))
-        r, o, i, s = _merged_shape(cores[first:end])
+        shapes = tuple(tuple(core.shape) for core in cores[first:end])
+        build += merge_steps(shapes)
+        r, o, i, s = merged_shape(shapes)
         if end - first > 1 or not is_view(cores[first].transpose(0, 1).reshape(o, -1), factors):
             held += r * o * i * s
             build += [Copy(r * o * i * s)] * (end - first == 1)

@@ -2,9 +2,9 @@
 
 Every decomposition in tnlib truncates the spectrum of some unfolding that is short one way and long the other. The
 eigenvectors of the short side's Gram matrix are all that is needed: m*m*n multiplications for the Gram and m^3 for its
-eigenvectors, instead of a full SVD. A Gram squares the matrix and loses half the digits: it is formed in float64, unless the
-matrix is large and the cut discards so much that float32 cannot be seen in the error. Where both sides are long and few triplets are wanted, block Lanczos iteration finds
-them, and the error that is left is checked between iterations.
+eigenvectors, instead of a full SVD. A Gram squares the matrix and loses half the digits: it is formed in float64, unless
+the matrix is large and the cut discards so much that float32 cannot be seen in the error. Where both sides are long and few
+triplets are wanted, block Lanczos iteration finds them, and the error that is left is checked between iterations.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 GRAM_LIMIT = 2048  # short side up to which the Gram's eigenvectors are taken: 2048^3 float64 takes about 1 s on 2 cores
-LARGE = 1 << 23  # numbers from which on float32 is tried: below, float64 costs little and gives the same digits on any number of threads
+LARGE = 1 << 23  # numbers from which on float32 is tried: below, float64 costs little, and its digits hang on no thread count
 DEEP = 0.01  # share of the energy discarded from which on float32 is enough: a relative error of 0.1, known to 1e-4 of it
 PIECE = 1 << 22  # numbers of the matrix that are held in float64 at a time
 KRYLOV_GAIN = 3e-5  # stop when a step lowers the relative error by less than this; what is left out then is about as much
@@ -105,7 +105,7 @@ def _krylov(matrix, rank):
     """Block Lanczos with full reorthogonalization, until what a step adds no longer shows in the error.
 
     The basis of the short side grows by BLOCK vectors a step, at the price of one product with the matrix and one with its
-    transpose. It holds far more of a flat spectrum than as many steps of subspace iteration, which forget all but the last
+    transpose. It holds far more of a flat spectrum than as many steps of subspace iteration, which forget all but the last.
     Source: Golub, Luk & Overton 1981; Musco & Musco 2015 for the start from random vectors.
     """
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT  # (…, short, long)
