@@ -63,6 +63,8 @@ def contestants(cell):
     own = (cell.form, cell.shape, cell.factors)
     dense = partial(nn.Embedding.from_pretrained, cell.table, freeze=False)
     found = {"dense": dense, "dense again": dense, "tnlib": partial(ours.embedding, *own)}
+    if not cell.training:  # in training nothing is kept
+        found["tnlib, auto"] = partial(ours.embedding, *own, "auto")
     for plan in ours.row_plans(cell.form, cell.shape, cell.tokens):
         found[f"plan: {plan}"] = partial(ours.ForcedRows, *own, plan)
     others = peers.EMBEDDING | reexpressed.EMBEDDING

@@ -5,8 +5,8 @@
 prefill, decode and train are compare_speed's: models take turns within a round, ratios are to the dense model of that round,
 and the dense model is entered twice. Weights are random: no time depends on them. Peak memory of a training step (forward,
 backward, AdamW, moments included) and the time to load from the disk are taken in a fresh process for each model, the latter
-after the imports and the median of three loads. For prefill and decode, also with factors contracted each time ("never") and
-with the rebuilt weight kept ("always"), where tnlib knows them.
+after the imports and the median of three loads. For prefill and decode, also with merged factors kept ("auto") and with the
+rebuilt weight kept ("always").
 """
 
 import copy
@@ -60,7 +60,7 @@ def models(measure):
     found["dense again"] = twin(found["dense"])
     for name in FORMS:
         found[name] = student(name)
-        tn.materialize_(found[name], "auto")
+        tn.materialize_(found[name], ours.SETTINGS[0])
         for setting in ours.SETTINGS[1:] if measure != "train" else ():  # in training nothing is kept
             found[f"{name}, {setting}"] = other = twin(found[name])
             tn.materialize_(other, setting)

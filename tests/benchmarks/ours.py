@@ -1,7 +1,7 @@
 """The one place where the benchmarks use tnlib's layers: when their interface changes, this file does.
 
-Settings of a layer, `materialize`: "never" builds what it needs at every call, "always" may keep the rebuilt weight in evaluation
-without gradients, "auto" what is smaller in all than the dense weight. `plan` forces one way of contraction.
+Settings of a layer, `materialize`: "never", as layers start, builds what it needs at every call; "auto" keeps in evaluation
+what is smaller in all than the dense weight; "always" may keep the rebuilt weight. `plan` forces one way of contraction.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import nn
 import tnlib as tn
 from tnlib.choose import Case, bucket
 
-LIKELY = 3.0
-SETTINGS = ("auto", "never", "always")
+LIKELY = 3.0  # times the fastest prediction up to which a plan is measured
+SETTINGS = ("never", "auto", "always")
 
 
-def linear(form, shape, factors, setting="auto"):
+def linear(form, shape, factors, setting=SETTINGS[0]):
     """A FactorizedLinear that holds these factors."""
     layer = tn.FactorizedLinear(form, shape, bias=False)
     layer.load_factors(factors)
@@ -24,7 +24,7 @@ def linear(form, shape, factors, setting="auto"):
 
 def planned(form, shape, factors, plan):
     """A FactorizedLinear that always contracts by `plan` and keeps nothing."""
-    layer = linear(form, shape, factors, "never")
+    layer = linear(form, shape, factors)
     layer.plan = plan
     return layer
 
@@ -40,11 +40,11 @@ def least_flops(form, shape, tokens):
     return min(plan.flops for plan in form.plans(shape, tokens))
 
 
-def embedding(form, shape, factors):
+def embedding(form, shape, factors, setting=SETTINGS[0]):
     """A FactorizedEmbedding that holds these factors."""
     layer = tn.FactorizedEmbedding(form, shape)
-    tn.materialize_(layer, "auto")
     layer.load_factors(factors)
+    tn.materialize_(layer, setting)
     return layer
 
 
