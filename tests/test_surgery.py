@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import save
 from tiny import CONFIGS, logits, tiny
 from torch import nn
 
@@ -181,6 +182,9 @@ def test_finished_layers_of_another_weight_or_a_damaged_file_are_refused(tmp_pat
     path = next(iter(sorted(tmp_path.glob("*.safetensors"))))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match="is damaged"):
+        factorize_(tiny("gpt2"), wanted, out=tmp_path)
+    path.write_bytes(save({"left": torch.zeros(2)}))  # somebody else's file, without a fingerprint
+    with pytest.raises(ValueError, match="another weight, rule or seed"):
         factorize_(tiny("gpt2"), wanted, out=tmp_path)
 
 

@@ -23,7 +23,7 @@ class Applied:
         kept, room: a Kept for what is built from the factors, and how many numbers it may hold (0: views of factors only;
             None: nothing is kept)
         """
-        flat, sources = x.reshape(-1, shape[1]), factors  # (tokens, in)
+        flat, sources = x if x.dim() == 2 else x.reshape(-1, shape[1]), factors  # (tokens, in)
         if (dtype := _autocast(x.device.type)) is not None:
             flat, factors, bias = _cast(dtype, flat, factors, bias)
         if between is not None:
@@ -38,7 +38,7 @@ class Applied:
                 direct = direct and not self._ends_elsewhere(shape) and chain.one_group(most, flat)
                 kept.ready[most, flat.dtype] = chain, direct
             y = self._through(flat, factors, shape, chain, bias)
-        return y.reshape(*x.shape[:-1], shape[0])
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], shape[0])
 
     def again(self, x, factors, shape, bias, kept):
         """`forward` without gradients by a chain that `kept` has ready for as many tokens; None if it has none."""
@@ -138,7 +138,7 @@ class Applied:
         quick = (bucket(flat.shape[0]), flat.dtype, flat.device, grad, room)
         found = None if kept is None else kept.plans.get(quick)
         if found is None:
-            case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room or 0)
+            case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room)
             found = choose(case, lambda plan: self.attempt(plan, flat, factors, shape, bias, grad, case.keeps(plan)))
             if kept is not None:
                 kept.plans[quick] = found
@@ -165,12 +165,12 @@ class Applied:
     def _choose_rows(self, ids, factors, shape, room):
         first = next(iter(factors.values()))
         grad = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors.values())
-        case = Case(self, shape, bucket(len(ids)), str(ids.device), first.dtype, grad, room or 0, rows=True)
+        case = Case(self, shape, bucket(len(ids)), str(ids.device), first.dtype, grad, room, rows=True)
 
         def attempt(plan):
             still = {name: factor.detach() for name, factor in factors.items()}
             found = tables(self.paired(still), plan.groups)
-            if 0 < plan.held <= (room or 0):
+            if case.keeps(plan):
                 return lambda: look_up(ids, found)
             return lambda: look_up(ids, tables(self.paired(still), plan.groups))
 

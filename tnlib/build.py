@@ -60,7 +60,7 @@ def _read(path, mark, module, rule, seed, number):
             kept, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"factorize_: {path} is damaged ({error}); needed a whole file. Delete it.") from error
-    if kept.get("fingerprint") != mark:
+    if (kept or {}).get("fingerprint") != mark:
         raise ValueError(
             f"factorize_: {path} is of another weight, rule or seed; needed the same ones to go on with it. Give out= another "
             "folder, or delete this one."

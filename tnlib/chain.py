@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from tnlib.links import Link, Turn, apply_link, few_grads, in_rows, matrix_grad, transposed
+from tnlib.links import Link, Turn, apply_link, few_grads, in_rows, matrix_grad, state_grad
 
 # Bytes of the largest intermediate result of a group of tokens, by timing 0.5 to 1000 MiB at 4,096 tokens. Where arithmetic is
 # cheap beside it, what the caches hold; else less than what the system hands out as fresh pages, and takes back, at every call.
@@ -23,7 +23,7 @@ GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are 
 
 
 class Chain:
-    """Links and Turns.
+    """Links, Terms and Turns.
 
     sizes: numbers that a token has before, between and after them
     spare: numbers that training may hold beside what a dense layer does
@@ -31,7 +31,7 @@ class Chain:
 
     def __init__(self, links, sizes, spare=0):
         self.links, self.sizes, self.spare = links, sizes, spare
-        self.matrices = [link.matrix for link in links if isinstance(link, Link)]
+        self.matrices = [link.matrix for link in links if not isinstance(link, Turn)]
         self.widest = max(sizes[1:-1], default=0)
 
     def groups(self, x):
@@ -71,7 +71,7 @@ class Chain:
     def _flops(self):
         """Of one token."""
         links = zip(self.sizes, self.links)
-        return sum(2 * size * link.matrix.shape[0] for size, link in links if isinstance(link, Link))
+        return sum(2 * size * link.matrix.shape[-2] for size, link in links if not isinstance(link, Turn))
 
     def bare(self):
         """All but the matrices: what has no part in an autograd graph."""
@@ -102,7 +102,7 @@ def run(x, chain, bias=None, between=None):
     count = 0
     for link, sizes in zip(chain.links, itertools.pairwise(chain.sizes)):
         x = _recorded(x, Chain([link], sizes))  # (tokens, size)
-        if isinstance(link, Link):
+        if not isinstance(link, Turn):
             count += 1
             x = between(x, count - 1) if count < len(chain.matrices) else x
     return x if bias is None else x + bias
@@ -185,10 +185,10 @@ def _group_backward(x, chain, states, grad, wants_x, wants, totals, gx=None):
         before.append(apply_link(link, before[-1]) if state is None else state)
     for at in range(len(before) - 1, -1, -1):
         link, seen = chain.links[at], before.pop()
-        if isinstance(link, Link):
+        if not isinstance(link, Turn):
             number -= 1
             if wants[number]:
                 totals[number] = matrix_grad(link, grad, seen, totals[number])
         if at or wants_x:
-            grad = apply_link(transposed(link), grad, None if at else gx)
+            grad = state_grad(link, grad, None if at else gx)
     return grad.view(x.shape) if wants_x else None, totals

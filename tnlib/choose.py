@@ -32,19 +32,19 @@ class Case:
     device: str
     dtype: torch.dtype
     grad: bool
-    room: float  # numbers that may be kept from one call to the next
+    room: float | None  # numbers that may be kept from one call to the next, beside views; None: not even those
     rows: bool = False  # rows are looked up, nothing is multiplied
 
     @property
     def key(self):
-        room = f", {self.room} kept" if self.room else ""
+        room = "" if self.room is None else f", {self.room} kept"
         grad = ", with gradients" if self.grad else ""
         tokens = f"{self.tokens} {'rows' if self.rows else 'tokens'}"
         return f"{self.device} {self.dtype} {self.form} {self.shape}, {tokens}{grad}{room}"
 
     def keeps(self, plan):
         """Whether what the plan builds is kept from one call to the next."""
-        return 0 < self.room >= plan.held
+        return self.room is not None and plan.held <= self.room
 
     def plans(self):
         """(predicted seconds, plan) of every plan, fastest first. Of what is kept, building is free."""

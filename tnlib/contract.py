@@ -15,17 +15,18 @@ from typing import NamedTuple
 import torch
 
 from tnlib.chain import Chain
-from tnlib.links import Link, Turn
+from tnlib.links import Link, Terms, Turn
 
 
 @dataclass(frozen=True)
 class Product:
-    """`batch` matrix products (m, k) @ (k, n), one of whose operands all of them share."""
+    """`batch` matrix products (m, k) @ (k, n)."""
 
     m: int
     k: int
     n: int
     batch: int = 1
+    shared: bool = True  # all have the same (m, k)
 
     @property
     def flops(self):
@@ -48,6 +49,7 @@ class Plan:
     groups: tuple  # (first core, one after the last) of each run of cores merged into one
     forward: bool  # sweep from the first core to the last; the other way if False
     turned: bool  # two small cores meet by a copy of the state with its axes exchanged
+    by_terms: bool  # what the last core does for each value of its bond is added up
     build: tuple  # Products and Copies that the factors need, whatever the tokens
     run: tuple  # those that the tokens need
     held: int  # numbers to keep if `build` is to be done only once
@@ -65,6 +67,7 @@ class Arrangement(NamedTuple):
     groups: tuple
     forward: bool = True
     turned: bool = False
+    by_terms: bool = False
 
 
 @lru_cache(maxsize=16384)
@@ -81,11 +84,11 @@ def _rebuilding(cores, shape, tokens, orders):
     """The plan that merges all cores, puts the weight in order if it has one, and multiplies once."""
     (out, width), groups = shape, ((0, len(cores)),)
     build = [*merge_steps(tuple(tuple(core.shape) for core in cores)), *[Copy(out * width)] * orders]
-    return Plan("rebuild", groups, True, False, tuple(build), (Product(tokens, width, out),), out * width)
+    return Plan("rebuild", groups, True, False, False, tuple(build), (Product(tokens, width, out),), out * width)
 
 
 def _priced(arrangement, cores, factors, tokens, reordered):
-    name, groups, forward, turned = arrangement
+    name, groups, *course = arrangement
     build, merged = [], []
     for first, end in groups:
         shapes = tuple(tuple(core.shape) for core in cores[first:end])
@@ -94,26 +97,18 @@ def _priced(arrangement, cores, factors, tokens, reordered):
     run = [Copy(tokens * size) for size in reordered]
     columns = tokens * math.prod(core[2] for core in merged)  # numbers in the state
     held = 0
-    for move in moves(merged, forward, turned):
+    for move in moves(merged, *course):
         if isinstance(move, Turn):
             run.append(Copy(columns))
             continue
         first, end = groups[move.core]
-        sizes = [merged[move.core][axis] for axis in move.axes]
-        m, k = math.prod(sizes[:2]), math.prod(sizes[2:])
-        if end - first > 1 or not is_view(cores[first].permute(move.axes).reshape(m, k), factors):
-            held += m * k
-            build += [Copy(m * k)] * (end - first == 1)
-        run.append(_product(m, k, columns // k, move))
-        columns = columns // k * m
-    return Plan(name, groups, forward, turned, tuple(build), tuple(run), held)
-
-
-def _product(m, k, columns, move):
-    """A move as one product where the tokens' axis is the outer one, or as one a block of `width` columns."""
-    if move.width == 1 or (move.turned_in and move.turned_out):
-        return Product(columns, k, m)
-    return Product(m, k, move.width, columns // move.width)
+        shape = move.shape(merged[move.core])
+        if end - first > 1 or not is_view(cores[first].permute(move.axes).reshape(shape), factors):
+            held += math.prod(shape)
+            build += [Copy(math.prod(shape))] * (end - first == 1)
+        found, columns = move.steps(shape, columns)
+        run += found
+    return Plan(name, groups, *course, tuple(build), tuple(run), held)
 
 
 def is_view(matrix, factors):
@@ -130,14 +125,59 @@ class Move(NamedTuple):
     turned_in: bool = False
     turned_out: bool = False
 
+    def shape(self, size):
+        """(m, k) for a core of this size (r, o, i, s)."""
+        a, b, c, d = (size[axis] for axis in self.axes)
+        return a * b, c * d
 
-def moves(sizes, forward, turned):
-    """The sweep over cores of these `sizes` (r, o, i, s): Moves, and Turns of the state.
+    def steps(self, shape, numbers):
+        """The Product for a state of so many numbers, and how many it gives."""
+        (m, k), columns = shape, numbers // shape[1]
+        if self.width == 1 or (self.turned_in and self.turned_out):
+            return [Product(columns, k, m)], columns * m  # the tokens' axis is the outer one
+        return [Product(m, k, self.width, columns // self.width)], columns * m
+
+    def link(self, matrix):
+        return Link(matrix, self.width, self.turned_in, self.turned_out)
+
+
+class Sum(NamedTuple):
+    """The last core as one matrix for each value of its bond; see links.Terms."""
+
+    core: int
+    axes: tuple  # order of (r, o, i, s): bond, rows, columns, and the end of the train, whose size is 1
+    width: int
+    last: bool
+
+    def shape(self, size):
+        """(k, m, n) for a core of this size (r, o, i, s)."""
+        return tuple(size[axis] for axis in self.axes[:3])
+
+    def steps(self, shape, numbers):
+        """Products and copies for a state of so many numbers, and how many they give."""
+        (k, m, n), columns = shape, numbers // (shape[0] * shape[2])
+        return [Copy(numbers), Product(m, n, columns, k, shared=False), Copy(k * m * columns)], columns * m
+
+    def link(self, matrix):
+        return Terms(matrix, self.width, self.last)
+
+
+def moves(sizes, forward, turned=False, by_terms=False):
+    """The sweep over cores of these `sizes` (r, o, i, s): Moves, Turns of the state, and a Sum at the end of two `by_terms`.
 
     The state of a token is an array whose axes are, from the first core on: outputs done, bond, inputs ahead (forward), or inputs
     ahead, bond, outputs done. No step leaves the order that the next one reads: nothing is copied between cores, but for a Turn.
     """
+    if by_terms:
+        return _by_terms(*sizes, forward)
     return _rightward(sizes, turned) if forward else _leftward(sizes, turned)
+
+
+def _by_terms(left, right, forward):
+    """For two cores: the state has the bond where the second one, as it is stored, can meet it."""
+    if forward:
+        return [Move(0, (3, 1, 0, 2), right[2]), Sum(1, (0, 1, 2, 3), left[1], True)]
+    return [Move(1, (0, 1, 2, 3), 1), Sum(0, (3, 1, 2, 0), right[1], False)]
 
 
 def _rightward(sizes, turned):
@@ -168,29 +208,37 @@ def _leftward(sizes, turned):
 
 def chain_of(cores, plan):
     """The Chain that carries out a plan: for cores (r, o, i, s) without batch axes."""
-    shapes = tuple([tuple(core.shape) for core in cores])
-    course, sizes, spare = _course(shapes, tuple(plan.groups), plan.forward, plan.turned)
+    shapes, links = tuple([tuple(core.shape) for core in cores]), []
+    course, sizes, spare = _course(shapes, tuple(plan.groups), plan.forward, plan.turned, plan.by_terms)
     merged = [merge(cores[first:end]) for first, end in plan.groups]
-    links = [
-        move if isinstance(move, Turn) else Link(merged[move.core].permute(move.axes).reshape(shape), *move[2:])
-        for move, shape in course
-    ]
+    for move, shape, ordered in course:
+        if isinstance(move, Turn):
+            links.append(move)
+        else:
+            core = merged[move.core]
+            links.append(move.link((core if ordered else core.permute(move.axes)).reshape(shape)))
     return Chain(links, sizes, spare)
 
 
 @lru_cache(maxsize=4096)
-def _course(shapes, groups, forward, turned):
-    """(move, shape of its matrix) one by one, what a token's state has before, between and after, and the Chain's `spare`."""
+def _course(shapes, groups, *ways):
+    """What chain_of does for cores of these shapes, whatever their numbers.
+
+    Returns: a list of (move, shape of its matrix, whether that needs no permutation); the numbers of a token's state before,
+        between and after; the Chain's `spare`
+    """
     merged = [merged_shape(shapes[first:end]) for first, end in groups]
     _, out, width, _ = merged_shape(merged)
     course, sizes = [], [width]
-    for move in moves(merged, forward, turned):
-        shape = (1, 1)
-        if isinstance(move, Move):
-            r, o, i, s = (merged[move.core][axis] for axis in move.axes)
-            shape = (r * o, i * s)
-        course.append((move, shape))
-        sizes.append(sizes[-1] // shape[1] * shape[0])
+    for move in moves(merged, *ways):
+        shape, ordered, given = None, True, sizes[-1]
+        if not isinstance(move, Turn):
+            size = merged[move.core]
+            axes = [axis for axis in move.axes if size[axis] > 1]
+            shape, ordered = move.shape(size), axes == sorted(axes)
+            given = move.steps(shape, given)[1]
+        course.append((move, shape, ordered))
+        sizes.append(given)
     built = [math.prod(shape) for shape, (first, end) in zip(merged, groups) if end - first > 1]
     numbers = sum(built) + sum(math.prod(shape) for shape in shapes)  # with their gradients, and what a dense weight takes more
     return tuple(course), tuple(sizes), 2 * max(0, out * width - numbers)
@@ -208,8 +256,10 @@ def merge(cores):
     r, o, i, _ = left.shape[-4:]
     _, p, j, s = right.shape[-4:]
     product = left.flatten(-4, -2) @ right.flatten(-3)  # (…, r*o*i, p*j*s)
-    pairs = product.unflatten(-1, (p, j * s)).unflatten(-3, (r, o, i))  # (…, r, o, i, p, j*s)
-    return pairs.transpose(-3, -2).reshape(*left.shape[:-4], r, o * p, i * j, s)
+    *batch, _, _, _, _ = left.shape
+    if i > 1 and p > 1:
+        product = product.reshape(*batch, r, o, i, p, j * s).transpose(-3, -2)
+    return product.reshape(*batch, r, o * p, i * j, s)
 
 
 @lru_cache(maxsize=16384)

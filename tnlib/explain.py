@@ -59,7 +59,7 @@ def _explained(layer, tokens):
     first = next(iter(layer.factors.values()))
     x = torch.randn(tokens, shape[1], dtype=first.dtype, device=first.device)
     room, bias = layer.room(), None if layer.bias is None else layer.bias.detach()
-    case = Case(form, shape, bucket(tokens), str(x.device), x.dtype, layer.training, room or 0)
+    case = Case(form, shape, bucket(tokens), str(x.device), x.dtype, layer.training, room)
     priced = case.plans()
     run = [plan for seconds, plan in priced if seconds <= HOPELESS * priced[0][0]]
     calls = [form.attempt(plan, x, operands, shape, bias, case.grad, case.keeps(plan)) for plan in run]

@@ -174,7 +174,8 @@ class Kronecker(Form):
     def paired(self, factors):
         """The factors as two cores, (…, 1, l0, l1, terms) and (…, terms, r0, r1, 1)."""
         left, right = self._scaled_left(factors), factors["right"]  # (…, k, l0, l1), (…, k, r0, r1)
-        return [left.movedim(-3, -1)[..., None, :, :, :], right[..., None]]
+        left = left[..., None] if self.terms == 1 else left.movedim(-3, -1)[..., None, :, :, :]
+        return [left, right[..., None]]
 
     def to_dense(self, factors, shape):
         """The weight (…, out, in) that the factors stand for, by one GEMM over the terms."""
@@ -197,13 +198,19 @@ class Kronecker(Form):
         return AXES.get(self.permute, ())
 
     def arrangements(self, shape):
-        """'left first', 'right first': all terms at once, the other factor next; 'turned' for a small right factor."""
+        """'left first', 'right first': all terms at once, the other factor next; 'turned' for a small right factor.
+
+        'by terms': the second factor for each term, and a sum; nothing but the state is copied, which suits few tokens.
+        """
         cores = ((0, 1), (1, 2))
         found = [Arrangement("left first", cores), Arrangement("right first", cores, forward=False)]
         if self.right[1] > 1:
             found.append(Arrangement("left first, turned", cores, turned=True))
         if self.right[0] > 1:
             found.append(Arrangement("right first, turned", cores, forward=False, turned=True))
+        if self.terms > 1:
+            found.append(Arrangement("left first, by terms", cores, by_terms=True))
+            found.append(Arrangement("right first, by terms", cores, forward=False, by_terms=True))
         return tuple(found)
 
     def places(self, shape):

@@ -1,4 +1,4 @@
-"""One step of a chain: a small matrix times a batch of blocks of the tokens' state, and the gradients of that."""
+"""One step of a chain: small matrices times a batch of blocks of the tokens' state, and the gradients of that."""
 
 from typing import NamedTuple
 
@@ -24,8 +24,21 @@ class Turn(NamedTuple):
     columns: int
 
 
+class Terms(NamedTuple):
+    """Matrices (k, m, n), each for a part of the state of its own; what they give is added up.
+
+    They stay where they are: for few tokens the state is less to copy.
+    """
+
+    matrix: torch.Tensor
+    width: int
+    last: bool = False  # blocks (k, width, n) give (width, m); else (n, k, width) give (m, width)
+
+
 def apply_link(link, state, out=None, plain=False):
-    """One link or turn. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
+    """One step. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
+    if isinstance(link, Terms):
+        return _add_up(link, state, out)
     if isinstance(link, Turn):
         turned = state.view(-1, link.rows, link.columns).mT
         return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
@@ -43,6 +56,24 @@ def apply_link(link, state, out=None, plain=False):
     else:
         shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
     return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
+
+
+def _add_up(link, state, out):
+    (matrix, width, last), m = link, link.matrix.shape[1]
+    parts = _parts(link, state)
+    if last:
+        y = torch.bmm(parts, matrix.mT).sum(0)  # (tokens*width, m)
+    else:
+        y = torch.bmm(matrix, parts).sum(0).view(m, -1, width).transpose(0, 1)  # (tokens, m, width)
+    return y.contiguous() if out is None else out.view(y.shape).copy_(y)
+
+
+def _parts(link, state):
+    """What each of the Terms meets: (k, tokens*width, n) if `last`, else (k, n, tokens*width)."""
+    k, _, n = link.matrix.shape
+    if link.last:
+        return state.view(-1, k, link.width, n).transpose(0, 1).reshape(k, -1, n)
+    return state.view(-1, n, k, link.width).permute(2, 1, 0, 3).reshape(k, n, -1)
 
 
 def in_rows(link):
@@ -64,15 +95,27 @@ def _spread(numbers, factors, out):
     return out
 
 
-def transposed(link):
-    """The link that takes gradients back."""
+def state_grad(link, grad, out=None):
+    """Gradient of the state before a step, from that of the state after it."""
     if isinstance(link, Turn):
-        return Turn(link.columns, link.rows)
-    return Link(link.matrix.t(), link.width, link.turned_out, link.turned_in)
+        return apply_link(Turn(link.columns, link.rows), grad, out)
+    if isinstance(link, Link):
+        return apply_link(Link(link.matrix.t(), link.width, link.turned_out, link.turned_in), grad, out)
+    matrix, width, last = link
+    k, m, n = matrix.shape
+    if last:
+        back = torch.matmul(grad.view(-1, m), matrix).view(k, -1, width, n).transpose(0, 1)  # (tokens, k, width, n)
+    else:
+        g = grad.view(-1, m, width).transpose(0, 1).reshape(m, -1)  # (m, tokens*width)
+        back = torch.matmul(matrix.mT, g).view(k, n, -1, width).permute(2, 1, 0, 3)  # (tokens, n, k, width)
+    return back.contiguous() if out is None else out.view(back.shape).copy_(back)
 
 
 def matrix_grad(link, grad, seen, total):
     """total (m, k), or nothing, plus the sum of grad (m, width) times seen (k, width) transposed over all blocks."""
+    if isinstance(link, Terms):
+        found = _term_grads(link, grad, seen)  # (k, m, n)
+        return found if total is None else total.add_(found)
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
     if not in_rows(link):
@@ -88,3 +131,10 @@ def matrix_grad(link, grad, seen, total):
     if total is None:  # in the layout of the matrix, which is that of the factor
         return torch.mm(g.t(), s) if matrix.stride(1) == 1 else torch.mm(s.t(), g).t()
     return total.addmm_(g.t(), s) if total.dtype == g.dtype else total.add_(torch.mm(g.t(), s))
+
+
+def _term_grads(link, grad, seen):
+    m, parts = link.matrix.shape[1], _parts(link, seen)
+    if link.last:
+        return torch.matmul(grad.view(-1, m).t(), parts)
+    return torch.matmul(grad.view(-1, m, link.width).transpose(0, 1).reshape(m, -1), parts.mT)

@@ -63,4 +63,4 @@ def _priced(name, groups, cores, factors, tokens):
         if done > 1:
             run.append(Product(done, r, i * s, tokens))
         done *= i
-    return Plan(name, tuple(groups), True, False, tuple(build), tuple(run), held)
+    return Plan(name, tuple(groups), True, False, False, tuple(build), tuple(run), held)

@@ -45,7 +45,8 @@ class Machine:
             return self.call + self._move(2 * step.numbers)
         m, k, n, batch = step.m, step.k, step.n, step.batch
         rate = _between(min(m, k, n), self.batches if batch > 1 else self.products)
-        return self.call + max(step.flops / rate, self._move(m * k + batch * (k * n + m * n)))
+        numbers = m * k * (1 if step.shared else batch) + batch * (k * n + m * n)
+        return self.call + max(step.flops / rate, self._move(numbers))
 
     def _move(self, numbers):
         return numbers / (self.cached if 4 * numbers < BORDER else self.streamed)
