@@ -1,6 +1,7 @@
 """Plans and how they are carried out: the same outputs and gradients by every one, costs as predicted, choices that stay."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tnlib as tn
 from tnlib import chain, choose, links, machine
 from tnlib.choose import Case
-from tnlib.contract import merge, partitions
+from tnlib.contract import Copy, merge, partitions
 from tnlib.factorized import materialize_
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
@@ -169,12 +170,14 @@ def test_what_a_plan_holds_is_what_its_matrices_take_beside_the_factors(form):
 
 
 def test_rates_price_a_large_product_by_arithmetic_and_a_thin_one_by_traffic():
-    rates = machine.Machine((1e9,) * 5, (1e9,) * 5, cached=1e8, streamed=1e7, call=1e-6)
+    rates = machine.Machine((1e9,) * 5, (1e9,) * 5, cached=1e8, streamed=1e7, reordered=2e7, call=1e-6)
     plan = LowRank(rank=1000).resolve((2000, 2000)).plans((2000, 2000), 500)[0]
     assert rates.seconds(plan) == pytest.approx(plan.flops / 1e9 + 2e-6)
     assert rates.seconds(plan, built=False) == rates.seconds(plan)
     thin = LowRank(rank=1).resolve((20, 20)).plans((20, 20), 1)[0]
     assert rates.seconds(thin) == pytest.approx(2 * (20 + 20 + 1) / 1e8 + 2e-6)
+    copies = dataclasses.replace(thin, run=(Copy(1000),))
+    assert rates.seconds(copies) == pytest.approx(1000 / 2e7 + 1e-6)
 
 
 def test_rates_are_measured_once_and_read_again(memory):

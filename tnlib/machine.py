@@ -20,6 +20,7 @@ import torch
 
 from tnlib.assets import cache_dir
 from tnlib.contract import Product
+from tnlib.links import Link, apply_link
 from tnlib.records import write_atomic
 
 SIDES = (1, 4, 16, 64, 512)
@@ -34,7 +35,8 @@ class Machine:
     batches: tuple  # the same for a batch of products with such a side, the others 64
     cached: float  # numbers a second read, or written, below BORDER
     streamed: float  # beyond it
-    call: float  # seconds a call costs
+    reordered: float  # numbers a second copied into another order
+    call: float  # seconds a step costs, whatever its size
 
     def seconds(self, plan, built=True):
         """Predicted time of a plan; built=False: what it builds is at hand."""
@@ -42,7 +44,7 @@ class Machine:
 
     def _step(self, step):
         if not isinstance(step, Product):
-            return self.call + self._move(2 * step.numbers)
+            return self.call + max(step.numbers / self.reordered, self._move(2 * step.numbers))
         m, k, n, batch = step.m, step.k, step.n, step.batch
         rate = _between(min(m, k, n), self.batches if batch > 1 else self.products)
         numbers = m * k * (1 if step.shared else batch) + batch * (k * n + m * n)
@@ -63,8 +65,8 @@ def _between(side, rates):
 
 # Where nothing may be measured, while a graph is captured: a 2-core x86 server in float32, an H100-class GPU in bfloat16.
 TYPICAL = {
-    "cpu": Machine((1e9, 8e9, 4e10, 9e10, 1.3e11), (1e9, 4e9, 2e10, 6e10, 1e11), 3e9, 8e8, 4e-6),
-    "cuda": Machine((1e11, 1e12, 1e13, 5e13, 3e14), (1e11, 1e12, 1e13, 5e13, 3e14), 1e12, 1e12, 5e-6),
+    "cpu": Machine((1e9, 8e9, 4e10, 9e10, 1.3e11), (1e9, 4e9, 2e10, 6e10, 1e11), 3e9, 8e8, 1e9, 1e-5),
+    "cuda": Machine((1e11, 1e12, 1e13, 5e13, 3e14), (1e11, 1e12, 1e13, 5e13, 3e14), 1e12, 1e12, 3e11, 1e-5),
 }
 
 
@@ -91,13 +93,14 @@ def _measured(device, dtype):
         return 2 * a.numel() * b.shape[-1] / best_time(lambda: a @ b, device)
 
     small, large = numbers(1 << 17), numbers(1 << 24)
-    tiny = numbers(1, 1)
+    tiny = Link(numbers(2, 2), 2)
     return Machine(
         products=tuple(rate((512, side), (side, 512)) for side in SIDES),
         batches=tuple(rate((256, 64, 64), (256, 64, min(side, 64))) for side in SIDES),
         cached=2 * small.numel() / best_time(small.clone, device),
         streamed=2 * large.numel() / best_time(large.clone, device, repeats=2),
-        call=best_time(lambda: tiny @ tiny, device),
+        reordered=small.numel() / best_time(lambda: small.view(32, 128, 32).permute(2, 0, 1).contiguous(), device),
+        call=best_time(lambda: apply_link(tiny, tiny.matrix), device),
     )
 
 
