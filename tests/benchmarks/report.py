@@ -4,6 +4,7 @@ import math
 import os
 import statistics
 import tempfile
+import textwrap
 from pathlib import Path
 
 from tnlib.records import write_atomic
@@ -195,13 +196,15 @@ def _picture(record, title, panels, axis):
                     columns[key].append(value)
         ax.axvline(1, color="#888888", linewidth=1, linestyle="-", marker="")
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+        low, high = ax.get_xlim()
+        steps = (1, 2, 5) if high > 5 * low else (1, 1.2, 1.5, 2, 3, 4, 6, 8)
+        ax.xaxis.set_major_locator(ticker.LogLocator(subs=steps, numticks=8))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
         ax.tick_params(axis="x", labelrotation=90)
         ax.set_ylim(-0.5, len(names) - 0.5)
         ax.set_yticks(range(len(names)), names)
-        label(ax, heading, axis, "")
+        label(ax, textwrap.fill(heading, 26), axis, "")
     axes[0][0].invert_yaxis()
     if len(series) > 1:
         handles = {text: handle for ax in axes[0] for handle, text in zip(*ax.get_legend_handles_labels())}
