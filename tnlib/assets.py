@@ -147,7 +147,9 @@ def weight_files(path):
 
     index = path / "model.safetensors.index.json"
     if path.is_dir() and index.exists():
-        return {key: path / shard for key, shard in json.loads(index.read_text())["weight_map"].items()}
+        shards = json.loads(index.read_text())["weight_map"]
+        files = {shard: path / shard for shard in set(shards.values())}
+        return {key: files[shard] for key, shard in shards.items()}
     single = path if path.is_file() else path / "model.safetensors"
     if single.suffix != ".safetensors" or not single.exists():
         raise AssetError(

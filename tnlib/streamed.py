@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from tnlib.assets import load_weight, weight_files
+from tnlib.assets import weight_files
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.recipe import Recipe
 from tnlib.resume import own_tensors
@@ -58,10 +58,14 @@ def skeleton_of(folder):
 
 def _fill(model, folder):
     """Put the tensors of a folder in the places of those on the meta device; what was shared stays shared."""
-    files, real = weight_files(folder), {}
+    from safetensors import safe_open
+
+    files, opened, real = weight_files(folder), {}, {}
     for name, tensor in own_tensors(model).items():
-        if name in files:
-            found = load_weight(folder, name)
+        if (path := files.get(name)) is not None:
+            if path not in opened:
+                opened[path] = safe_open(path, framework="pt")
+            found = opened[path].get_tensor(name)
             if found.shape != tensor.shape:
                 break
             trained = isinstance(tensor, torch.nn.Parameter)
