@@ -106,6 +106,10 @@ def test_training_keeps_what_is_no_larger_than_the_input_or_than_what_the_factor
     monkeypatch.setattr(chain, "TINY", 0)
     form = form.resolve(SHAPE)
     factors = {n: f.requires_grad_(f.is_floating_point()) for n, f in form.random(SHAPE).items()}
+
+    def has_tokens(tensor):  # their number is prime to all modes and ranks
+        return any(size % tokens == 0 for size in tensor.shape)
+
     for plan in form.plans(SHAPE, tokens):
         x, saved = torch.randn(tokens, IN, requires_grad=True), {}
 
@@ -115,9 +119,9 @@ def test_training_keeps_what_is_no_larger_than_the_input_or_than_what_the_factor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             form.contract(x, factors, SHAPE, plan.name)
-        sizes = [tensor.untyped_storage().nbytes() // 4 for tensor in saved.values() if tensor.shape[0] % tokens == 0]
+        sizes = [tensor.untyped_storage().nbytes() // 4 for tensor in saved.values() if has_tokens(tensor)]
         larger = sum(size for size in sizes if size > tokens * IN)
-        assert larger <= 2 * max(0, math.prod(SHAPE) - form.num_params(SHAPE)), plan.name
+        assert larger <= max(0, math.prod(SHAPE) - form.num_params(SHAPE)), plan.name
 
 
 def test_merging_neighbors_one_by_one_or_all_at_once_is_the_same():
@@ -186,7 +190,11 @@ def test_rates_are_measured_once_and_read_again(memory):
     machine._machine.cache_clear()
     machine._memory.cache_clear()
     assert machine.machine("cpu", torch.float32) == rates
-    assert len(list(memory.glob("*.json"))) == 1
+    (path,) = memory.glob("*.json")
+    path.write_text(path.read_text().replace("reordered", "rearranged"))  # by a version that had other rates
+    machine._machine.cache_clear()
+    machine._memory.cache_clear()
+    assert machine.machine("cpu", torch.float32).reordered > 0
 
 
 # ---- choices

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 
 import pytest
+import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,14 @@ def test_half_precision_is_decomposed_in_float32_and_stored_as_it_was(tmp_path, 
     found = load_factorized(tmp_path / "out")
     assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
     assert_same(in_memory(folder, "llama", HALF), found)
+
+
+def test_each_shard_is_opened_once(tmp_path, monkeypatch):
+    factorize_folder(folder_of(tmp_path, "llama"), HALF, tmp_path / "out", shard_mb=0.01)
+    opened, safe_open = [], safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda path, **more: opened.append(path) or safe_open(path, **more))
+    load_factorized(tmp_path / "out")
+    assert sorted(opened) == sorted((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_tied_weights_are_stored_once_and_shared_again(tmp_path):

@@ -1,8 +1,9 @@
 """Carrying out a plan: one small matrix after the other, each times a batch of blocks of the tokens' state.
 
 Tokens go through the whole chain in groups whose largest intermediate result stays in the cache. Training keeps of the
-intermediate results those that are no larger than the input, and the others while there is room in what the factors save
-against a dense weight and its gradient; beyond, they are computed again. So no step needs more memory than a dense layer's.
+intermediate results those that are no larger than the input, and the others if all of them are fewer numbers than the
+factors save against the dense weight; else these are computed again. So what a call holds, factors included, is never more
+than a dense weight, beside x and results of no more than its size.
 """
 
 import itertools
@@ -18,7 +19,7 @@ from tnlib.links import Link, Turn, apply_link, few_grads, in_rows, matrix_grad,
 GROUP = 2 << 20
 LARGE_GROUP = 32 << 20
 CHEAP = 256  # FLOPs for each number of the largest intermediate result
-TINY = 1 << 14  # numbers of an intermediate result below which torch's own backward pass, in C++, is always quicker
+TINY = 1 << 14  # numbers of an intermediate result up to which torch's own backward pass, in C++, is quicker, by timing
 GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are worth more
 
 
@@ -26,7 +27,7 @@ class Chain:
     """Links, Terms and Turns.
 
     sizes: numbers that a token has before, between and after them
-    spare: numbers that training may hold beside what a dense layer does
+    spare: numbers that the factors, and what was merged of them, save against the dense weight
     """
 
     def __init__(self, links, sizes, spare=0):

@@ -240,8 +240,8 @@ def _course(shapes, groups, *ways):
         course.append((move, shape, ordered))
         sizes.append(given)
     built = [math.prod(shape) for shape, (first, end) in zip(merged, groups) if end - first > 1]
-    numbers = sum(built) + sum(math.prod(shape) for shape in shapes)  # with their gradients, and what a dense weight takes more
-    return tuple(course), tuple(sizes), 2 * max(0, out * width - numbers)
+    numbers = sum(built) + sum(math.prod(shape) for shape in shapes)
+    return tuple(course), tuple(sizes), max(0, out * width - numbers)
 
 
 def merge(cores):

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ def machine(device, dtype):
 
 @functools.lru_cache(maxsize=64)
 def _machine(device, dtype, threads):
-    name = f"{device.partition(':')[0]} {dtype} rates"
+    name = f"{device.partition(':')[0]} {dtype} rates: {', '.join(field.name for field in fields(Machine))}"
     known = recall(device, name)
     if known is None:
         known = remember(device, name, asdict(_measured(device, dtype)))

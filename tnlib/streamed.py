@@ -1,5 +1,6 @@
 """Back into memory: the model that factorize_folder wrote."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -58,26 +59,32 @@ def skeleton_of(folder):
 
 def _fill(model, folder):
     """Put the tensors of a folder in the places of those on the meta device; what was shared stays shared."""
-    from safetensors import safe_open
-
-    files, opened, real = weight_files(folder), {}, {}
-    for name, tensor in own_tensors(model).items():
-        if (path := files.get(name)) is not None:
-            if path not in opened:
-                opened[path] = safe_open(path, framework="pt")
-            found = opened[path].get_tensor(name)
-            if found.shape != tensor.shape:
+    files, real = weight_files(folder), {}
+    with _opened(set(files.values())) as opened:
+        for name, tensor in own_tensors(model).items():
+            if name in files:
+                found = opened[files[name]].get_tensor(name)
+                if found.shape != tensor.shape:
+                    break
+                trained = isinstance(tensor, torch.nn.Parameter)
+                real[id(tensor)] = torch.nn.Parameter(found, tensor.requires_grad) if trained else found
+            elif tensor.is_meta:
                 break
-            trained = isinstance(tensor, torch.nn.Parameter)
-            real[id(tensor)] = torch.nn.Parameter(found, tensor.requires_grad) if trained else found
-        elif tensor.is_meta:
-            break
-    else:
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                held |= {name: real[id(t)] for name, t in held.items() if id(t) in real}
-        return
+        else:
+            for module in model.modules():
+                for held in (module._parameters, module._buffers):
+                    held |= {name: real[id(t)] for name, t in held.items() if id(t) in real}
+            return
     raise ValueError(
         f"load_factorized: {folder} has no {name} of shape {tuple(tensor.shape)}; needed what its recipe makes. Run factorize_folder "
         "again."
     )
+
+
+@contextlib.contextmanager
+def _opened(paths):
+    """{path: open safetensors file}, each opened once: to read a header costs more than to read a small tensor."""
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        yield {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}

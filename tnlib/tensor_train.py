@@ -73,7 +73,7 @@ def _finish(cores, cut):
     """The fit: the largest total is the tensor's own energy, since every later cut saw a projection of it."""
     ranks = (1, *(core.shape[-1] for core in cores))
     if not cut:
-        return TensorTrainFit(cores, ranks, torch.zeros(cores[0].shape[:-3], dtype=torch.float64), ())
+        return TensorTrainFit(cores, ranks, torch.zeros(cores[0].shape[:-3], dtype=torch.float64, device=cores[0].device), ())
     total = torch.stack([step.total for step in cut]).amax(0)  # (…,)
     shares = tuple(step.discarded / total.clamp_min(1e-300) for step in cut)
     return TensorTrainFit(cores, ranks, relative(sum(shares), torch.ones_like(total)), shares)
