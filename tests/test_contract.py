@@ -78,6 +78,29 @@ def test_tiny_factors_and_many_rows_take_another_way_to_the_same(right):
         assert torch.allclose(a, b, rtol=1e-9)
 
 
+@pytest.mark.parametrize("turned_in", [False, True])
+@pytest.mark.parametrize("turned_out", [False, True])
+@pytest.mark.parametrize(
+    ("m", "k", "width", "count", "beside"),
+    [(96, 80, 8, 9, True), (96, 80, 12, 9, False), (9, 7, 5, 1, True), (5, 6, 2, 3, False)],
+)
+def test_blocks_side_by_side_or_one_by_one_give_the_same(turned_in, turned_out, m, k, width, count, beside):
+    assert links.side_by_side(m, k, width, count) == beside
+    matrix, blocks = torch.randn(m, k, dtype=torch.float64), torch.randn(count, k, width, dtype=torch.float64)
+    link = links.Link(matrix, width, turned_in, turned_out)
+    state = blocks.mT.contiguous() if turned_in else blocks
+    wanted = matrix @ blocks  # (count, m, width)
+    grad = torch.randn_like(wanted)
+    for plain in (False, True):
+        y = links.apply_link(link, state, plain=plain).view(count, -1)
+        assert torch.allclose(y, (wanted.mT if turned_out else wanted).reshape(count, -1))
+    place = torch.empty(count, m * width, dtype=torch.float64)
+    links.apply_link(link, state, place)
+    assert torch.allclose(place.view(count, -1), (wanted.mT if turned_out else wanted).reshape(count, -1))
+    found = links.matrix_grad(link, (grad.mT if turned_out else grad).contiguous(), state, None)
+    assert torch.allclose(found, (grad @ blocks.mT).sum(0))
+
+
 def test_frozen_factors_get_no_gradient_and_the_input_does(form, small_groups):
     layer = FactorizedLinear(form, SHAPE, bias=False).double()
     first = next(iter(layer.factors.values()))
@@ -173,6 +196,19 @@ def test_what_a_plan_holds_is_what_its_matrices_take_beside_the_factors(form):
         assert sum(matrix.numel() for matrix in made) == plan.held, plan.name
 
 
+def test_matrices_that_are_factors_in_another_shape_are_two_views_at_most(form):
+    factors = {name: factor.requires_grad_(factor.is_floating_point()) for name, factor in form.random(SHAPE).items()}
+    own = [factor.untyped_storage().data_ptr() for factor in factors.values()]
+    for plan in form.plans(SHAPE, 9)[:-1]:
+        found = form.chain(factors, SHAPE, plan).matrices
+        if all(matrix.untyped_storage().data_ptr() in own for matrix in found):
+            for matrix in found:
+                node, views = matrix.grad_fn, 0
+                while node is not None and node.next_functions:
+                    node, views = node.next_functions[0][0], views + 1
+                assert views <= 2, (plan.name, matrix.shape)
+
+
 def test_rates_price_a_large_product_by_arithmetic_and_a_thin_one_by_traffic():
     rates = machine.Machine((1e9,) * 5, (1e9,) * 5, cached=1e8, streamed=1e7, reordered=2e7, call=1e-6)
     plan = LowRank(rank=1000).resolve((2000, 2000)).plans((2000, 2000), 500)[0]
@@ -205,7 +241,8 @@ def case(tokens=4096, **more):
     return Case(form, (3072, 768), tokens, "cpu", torch.float32, **({"grad": False, "room": 0} | more))
 
 
-def test_without_timing_the_fastest_prediction_is_taken(memory):
+def test_without_timing_the_fastest_prediction_is_taken(memory, monkeypatch):
+    monkeypatch.setattr(choose, "machine", lambda *about: machine.TYPICAL["cpu"])  # no moment of this machine decides
     assert choose.choose(case()) == case().plans()[0][1]
     assert choose.choose(case()).name == "rebuild"
     thin = LowRank(rank=32).resolve((3072, 768))

@@ -71,7 +71,7 @@ class Applied:
         """The Chain that carries out a plan, see chain.py."""
         if plan.name == "rebuild":
             return Chain([Link(self.to_dense(factors, shape), 1)], (shape[1], shape[0]))
-        return chain_of(self.paired(factors), plan)
+        return chain_of(self, factors, shape, plan)
 
     def places(self, shape):
         """Names of the intermediate results of the first plan, in order."""

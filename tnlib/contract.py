@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from tnlib.chain import Chain
-from tnlib.links import Link, Terms, Turn
+from tnlib.links import Link, Terms, Turn, side_by_side
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,16 @@ class Move(NamedTuple):
         return a * b, c * d
 
     def steps(self, shape, numbers):
-        """The Product for a state of so many numbers, and how many it gives."""
+        """The Product for a state of so many numbers, the copies around it, and how many numbers it gives."""
         (m, k), columns = shape, numbers // shape[1]
+        count = columns // self.width
         if self.width == 1 or (self.turned_in and self.turned_out):
             return [Product(columns, k, m)], columns * m  # the tokens' axis is the outer one
-        return [Product(m, k, self.width, columns // self.width)], columns * m
+        if not side_by_side(m, k, self.width, count):
+            return [Product(m, k, self.width, count)], columns * m
+        copied = [(k, self.turned_in), (m, self.turned_out)] if count > 1 else []
+        copies = [Copy(size * columns) for size, turned in copied if not turned]
+        return [Product(m, k, columns), *copies], columns * m
 
     def link(self, matrix):
         return Link(matrix, self.width, self.turned_in, self.turned_out)
@@ -206,10 +211,14 @@ def _leftward(sizes, turned):
     return found
 
 
-def chain_of(cores, plan):
-    """The Chain that carries out a plan: for cores (r, o, i, s) without batch axes."""
-    shapes, links = tuple([tuple(core.shape) for core in cores]), []
-    course, sizes, spare = _course(shapes, tuple(plan.groups), plan.forward, plan.turned, plan.by_terms)
+def chain_of(form, factors, shape, plan):
+    """The Chain that carries out a plan: for factors without batch axes."""
+    ways = tuple(plan.groups), plan.forward, plan.turned, plan.by_terms
+    if not torch.compiler.is_compiling() and (found := _straight(form, shape, *ways)) is not None:
+        taken, sizes, spare = found
+        return Chain([move if name is None else move.link(_taken(factors[name], *how)) for move, name, *how in taken], sizes, spare)
+    cores, links = form.paired(factors), []
+    course, sizes, spare = _course(tuple([tuple(core.shape) for core in cores]), *ways)
     merged = [merge(cores[first:end]) for first, end in plan.groups]
     for move, shape, ordered in course:
         if isinstance(move, Turn):
@@ -220,9 +229,39 @@ def chain_of(cores, plan):
     return Chain(links, sizes, spare)
 
 
+def _taken(factor, shape, turned):
+    return factor.reshape(shape).t() if turned else factor.reshape(shape)
+
+
+@lru_cache(maxsize=4096)
+def _straight(form, shape, *ways):
+    """Where each link of a plan finds its matrix among the factors: each view on the way costs a call, and another in the backward pass.
+
+    Returns: a list of (move, name of the factor, shape to see it in, whether to transpose that), `sizes` and `spare` of the
+        Chain; None if a matrix is not a factor in another shape
+    """
+    factors = form._meta(shape)
+    cores, taken = form.paired(factors), []
+    course, sizes, spare = _course(tuple([tuple(core.shape) for core in cores]), *ways)
+    for move, size, _ in course:
+        if isinstance(move, Turn):
+            taken.append((move, None))
+            continue
+        first, end = ways[0][move.core]
+        if end - first > 1:
+            return None
+        matrix = cores[first].permute(move.axes).reshape(size)
+        name = next((name for name, factor in factors.items() if is_view(matrix, [factor])), None)
+        turned = not matrix.is_contiguous()
+        if name is None or (turned and not (matrix.dim() == 2 and matrix.t().is_contiguous())):
+            return None
+        taken.append((move, name, tuple(matrix.t().shape if turned else matrix.shape), turned))
+    return taken, sizes, spare
+
+
 @lru_cache(maxsize=4096)
 def _course(shapes, groups, *ways):
-    """What chain_of does for cores of these shapes, whatever their numbers.
+    """What a plan does to cores of these shapes, whatever their numbers.
 
     Returns: a list of (move, shape of its matrix, whether that needs no permutation); the numbers of a token's state before,
         between and after; the Chain's `spare`

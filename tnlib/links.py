@@ -6,6 +6,7 @@ import torch
 
 FEW = 4  # entries of a matrix for which a product is slower than one operation an entry
 MANY = 1 << 14  # rows from which on it is
+NARROW = 16  # columns of a block below which a batch of products is several times slower than one product, by timing on the CPU
 
 
 class Link(NamedTuple):
@@ -49,13 +50,46 @@ def apply_link(link, state, out=None, plain=False):
         if k == 1 and m <= FEW and rows.shape[0] > MANY and not plain:
             return _spread(rows[:, 0], matrix[:, 0], out)
         return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
+    count = state.numel() // (k * width)
+    if _in_one_product(link, count, state, plain):
+        return _side_by_side(link, state, out)
     blocks = state.view(-1, width, k).mT if turned_in else state.view(-1, k, width)
-    count = blocks.shape[0]
     if turned_out:
         shape, pair = (count, width, m), (blocks.mT, matrix.t().expand(count, k, m))
     else:
         shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
     return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
+
+
+def side_by_side(m, k, width, count):
+    """Whether `count` blocks (k, width), copied beside one another for a single product, go quicker than one product each."""
+    reuse = m * k / (m + k)  # operations for each number that is copied, halved
+    return count == 1 or (reuse >= width * (4 if width < NARROW else 8) and count * reuse >= 256)
+
+
+def _in_one_product(link, count, state, plain):
+    if torch.compiler.is_compiling() or not state.is_cpu:  # a compiled graph asks nothing about the number of tokens
+        return False
+    if plain and not few_grads(link):  # torch's own backward pass would make a gradient of the matrix for every block
+        return True
+    return side_by_side(*link.matrix.shape, link.width, count)
+
+
+def _side_by_side(link, state, out):
+    matrix, width, turned_in, turned_out = link
+    m, k = matrix.shape
+    blocks = _beside(state, k, width, turned_in)  # (k, count*width)
+    if turned_out:
+        return torch.mm(blocks.t(), matrix.t()) if out is None else torch.mm(blocks.t(), matrix.t(), out=out.view(-1, m))
+    y = torch.mm(matrix, blocks).view(m, -1, width).transpose(0, 1)  # (count, m, width)
+    return y.contiguous() if out is None else out.view(y.shape).copy_(y)
+
+
+def _beside(state, size, width, turned):
+    """All blocks (size, width) of the state beside one another: (size, count*width), a view if they are held turned."""
+    if turned or width == 1:
+        return state.view(-1, size).t()
+    return state.view(-1, size, width).transpose(0, 1).reshape(size, -1)
 
 
 def _add_up(link, state, out):
@@ -118,19 +152,17 @@ def matrix_grad(link, grad, seen, total):
         return found if total is None else total.add_(found)
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
-    if not in_rows(link):
+    if not in_rows(link) and few_grads(link):
         g = grad.view(-1, width, m) if turned_out else grad.view(-1, m, width).mT  # (blocks, width, m)
         s = seen.view(-1, width, k) if turned_in else seen.view(-1, k, width).mT  # (blocks, width, k)
-        if few_grads(link):
-            found = torch.bmm(g.mT, s).sum(0)
-            return found if total is None else total.add_(found)
-        grad, seen = g.reshape(-1, m), s.reshape(-1, k)
-    g, s = grad.view(-1, m), seen.view(-1, k)
+        found = torch.bmm(g.mT, s).sum(0)
+        return found if total is None else total.add_(found)
+    g, s = _beside(grad, m, width, turned_out), _beside(seen, k, width, turned_in)  # (m, columns), (k, columns)
     if m * k <= FEW and total is None and g.dtype in (torch.float32, torch.float64):
-        return torch.stack([torch.stack([torch.dot(a, b) for b in s.unbind(1)]) for a in g.unbind(1)])
+        return torch.stack([torch.stack([torch.dot(a, b) for b in s]) for a in g])
     if total is None:  # in the layout of the matrix, which is that of the factor
-        return torch.mm(g.t(), s) if matrix.stride(1) == 1 else torch.mm(s.t(), g).t()
-    return total.addmm_(g.t(), s) if total.dtype == g.dtype else total.add_(torch.mm(g.t(), s))
+        return torch.mm(g, s.t()) if matrix.stride(1) == 1 else torch.mm(s, g.t()).t()
+    return total.addmm_(g, s.t()) if total.dtype == g.dtype else total.add_(torch.mm(g, s.t()))
 
 
 def _term_grads(link, grad, seen):
