@@ -187,6 +187,7 @@ def test_a_quick_run_writes_its_files_and_goes_on(tmp_path, capsys):
     page = names[".md"].read_text()
     assert "| tnlib |" in page
     assert "tnlib against the best of each cell" in page
+    assert "floor and calls" in page
     assert capsys.readouterr().out.count("measured") == 1
     layers.main(arguments)
     assert capsys.readouterr().out == "", "the cell was there"

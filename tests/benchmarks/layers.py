@@ -9,6 +9,8 @@ all of them since the output is linear in each.
 
 floor: the FLOPs of the best contraction at the rate of a GEMM of 768, or input, output and factors at the rate of a copy,
 both of the same round, whichever is longer (thrice for forward + backward). A kept weight may lie below it.
+floor and calls: that, and what it takes to call torch once a factor, by as many linear layers of 2 x 2 numbers one after the
+other: what no layer made of torch's operations gets below without keeping what it built.
 """
 
 import math
@@ -103,6 +105,19 @@ class Cell:
         """Those of the plan with the fewest, over those of the dense product."""
         return ours.least_flops(self.form, self.shape, self.tokens) / (2 * self.tokens * math.prod(self.shape))
 
+    def calls(self):
+        """A call that passes one linear layer of 2 x 2 numbers for each factor, and no check."""
+        tiny = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in self.factors]).train(self.training)
+        x = torch.ones(1, 2, requires_grad=self.training)
+        if not self.training:
+            return unchecked(torch.no_grad()(lambda: tiny(x)))
+        wanted, out_grad = [x, *tiny.parameters()], torch.ones(1, 2)
+        return unchecked(lambda: torch.autograd.grad(tiny(x), wanted, out_grad))
+
+    def called_floor(self, seconds):
+        """`floor`, and the calls."""
+        return self.floor(seconds) + seconds["calls"]
+
     def floor(self, seconds):
         """Seconds by the rates of the same round."""
         flops = self.flops() * 2 * self.tokens * math.prod(self.shape)
@@ -150,7 +165,8 @@ def contestants(cell, slow):
     found = [Contestant(name, build) for name, build in found.items() if name not in slow]
     a, b, source, target = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM), torch.randn(COPY), torch.empty(COPY)
     probes = {"GEMM": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    return found + [Contestant(name, partial(unchecked, call), probe=True) for name, call in probes.items()]
+    probes = {name: partial(unchecked, call) for name, call in probes.items()} | {"calls": cell.calls}
+    return found + [Contestant(name, build, probe=True) for name, build in probes.items()]
 
 
 def unchecked(call):
@@ -174,7 +190,7 @@ def known_slow(record, layer, label, mode, tokens):
         if (cell := record.cells.get(name_of(layer, label, mode, count))) is not None:
             rows = {n: row for n, row in cell["rows"].items() if not n.startswith(("dense", "tnlib"))}
             slow = {n: row["ratio"] for n, row in rows.items() if row.get("ratio", 0) > SLOW and not row.get("probe")}
-            slow = {n: f"{ratio:.0f} times dense at {count} tokens" for n, ratio in slow.items() if n != "floor"}
+            slow = {n: f"{ratio:.0f} times dense at {count} tokens" for n, ratio in slow.items() if not n.startswith("floor")}
             return slow | {n: row["reason"] for n, row in rows.items() if row["status"] == "slow"}
     return {}
 
@@ -199,8 +215,9 @@ def main(arguments=None):
         if record.wants(name):
             began, form = time.perf_counter(), forms(layer)[label]
             cell, slow = Cell(form, SHAPES[layer], tokens, mode), known_slow(record, layer, label, mode, tokens)
+            floors = {"floor": cell.floor, "floor and calls": cell.called_floor}
             pace = {"rounds": asked.rounds, "seconds": asked.seconds, "share": asked.share}
-            rows = race(contestants(cell, slow), "dense", computed={"floor": cell.floor}, **pace)
+            rows = race(contestants(cell, slow), "dense", computed=floors, **pace)
             rows |= {n: {"status": "slow", "reason": reason} for n, reason in slow.items()}
             facts = {"table": f"{layer}, {label}, {mode}", "column": f"{tokens:,}", "tokens": tokens, "form": label}
             facts |= {"layer": layer, "mode": mode, "kept": form.share(SHAPES[layer]), "flops": cell.flops()}

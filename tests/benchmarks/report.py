@@ -17,6 +17,11 @@ Geometric means over cells (and the worst cell) of tnlib's time, as it chooses b
 tnlib's own fastest plan, and of the floor.""".splitlines()
 ROUNDS = """Medians of ratios formed inside shuffled rounds, and their quartiles. How far the second entry of the baseline ("again") is
 from 1 says which differences mean nothing.""".splitlines()
+REACH = """## By family and tokens: how far ahead, and how far anyone could be
+
+Geometric means over layer shapes and ranks of the fastest peer's time over tnlib's, as layers start and by the best of its
+settings; over the floor; and over the floor and one call of torch for each factor. The last two are the most that is to be had against
+these peers. Last: cells in which a peer is ahead by more than 5 %.""".splitlines()
 SAME_ERROR = 1e-3
 UNSHOWN = ("status", "reason", "low", "high", "calls", "probe", "rounds")
 
@@ -24,7 +29,7 @@ UNSHOWN = ("status", "reason", "low", "high", "calls", "probe", "rounds")
 def layers(record):
     """Medians by table, tnlib against the best peer and against its own best plan, and a picture of the first layer."""
     cells = list(record.cells.values())
-    lines = [*_versus(cells, "layer", "mode"), *_by_column(cells, "tokens")]
+    lines = [*_versus(cells, "layer", "mode"), *_reach(cells), *_by_column(cells, "tokens")]
     first = next((c["facts"]["layer"] for c in cells), "")
     shown = [c for c in cells if c["facts"]["layer"] == first and c["facts"]["mode"] == "forward"]
     panels = {}
@@ -95,6 +100,26 @@ def _versus(cells, *keys):
                 found.append(rows[mine]["ratio"] / rows[other]["ratio"])
     table = [[", ".join(kind), *(_mean(found) for found in group)] for kind, group in groups.items()]
     return [*VERSUS, "", *_table(["", "/ best peer", "/ best plan", "/ floor"], table)]
+
+
+def _reach(cells):
+    """The fastest peer over tnlib and over the floors, by family of forms and token count."""
+    groups = {}
+    for cell in cells:
+        rows, facts = cell["rows"], cell["facts"]
+        if (peer := _best(rows, _is_peer)) and "ratio" in rows["tnlib"]:
+            any_setting = _best(rows, lambda name: name.startswith("tnlib"))
+            others = ("tnlib", any_setting, "floor", "floor and calls")
+            found = [rows[peer]["ratio"] / rows[name]["ratio"] for name in others]
+            family = facts["form"].split(" ")[0]
+            for kind in ((family, facts["mode"], facts["column"]), (family, "both", "all")):
+                groups.setdefault(kind, []).append(found)
+    head = ["", "mode", "tokens", "peer / tnlib", "best setting", "/ floor", "/ floor and calls", "behind"]
+    table = []
+    for kind, found in sorted(groups.items(), key=lambda item: item[0][2] == "all"):
+        means = [f"{math.exp(statistics.fmean(map(math.log, column))):.2f}" for column in zip(*found)]
+        table.append([*kind, *means, f"{sum(mine < 0.95 for mine, *_ in found)} of {len(found)}"])
+    return [*REACH, "", *_table(head, table)]
 
 
 def _mean(ratios):
