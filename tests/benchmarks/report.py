@@ -10,7 +10,7 @@ from pathlib import Path
 from tnlib.records import write_atomic
 
 OURS = ("tnlib", "plan: ", "low rank")
-NO_PEERS = (*OURS, "dense", "floor", "GEMM", "copy")
+NO_PEERS = (*OURS, "dense", "floor", "GEMM", "copy", "calls")
 VERSUS = """## tnlib against the best of each cell
 
 Geometric means over cells (and the worst cell) of tnlib's time, as it chooses by itself, over that of the fastest peer, of
