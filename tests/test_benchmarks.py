@@ -8,6 +8,7 @@ import layers
 import peers
 import pytest
 import reexpressed
+import report
 import torch
 from harness import Contestant, Unavailable, race
 from suite import Record
