@@ -48,16 +48,26 @@ def test_batch_equals_one_by_one():
     assert torch.allclose(cut.discarded[1, 1], one.discarded)
 
 
+@pytest.mark.parametrize("limit", ["GRAM_LIMIT", "SQUARE_LIMIT"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_block_lanczos_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch, transposed):
-    matrix = torch.randn(160, 200)  # Gaussian: the flattest spectrum there is, the hardest to separate
+def test_block_lanczos_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch, transposed, limit):
+    matrix = torch.randn(480, 600)  # Gaussian: the flattest spectrum there is, the hardest to separate
     matrix = matrix.T if transposed else matrix
     exact = truncate(matrix, 10)
-    monkeypatch.setattr(spectrum, "GRAM_LIMIT", 100)
+    monkeypatch.setattr(spectrum, limit, 100)
+    monkeypatch.setattr(spectrum, "_exact", None)  # not this way
     found = truncate(matrix, 10)
     excess = (found.discarded / found.total).sqrt() - (exact.discarded / exact.total).sqrt()
     assert excess + 1e-7 >= 0
     assert excess < 1e-4  # the library's promise for large unfoldings
+
+
+def test_what_is_nearly_of_low_rank_is_cut_in_float64_whatever_its_size(monkeypatch):
+    monkeypatch.setattr(spectrum, "SQUARE_LIMIT", 100)
+    planted = torch.randn(160, 10) @ torch.randn(10, 200)
+    cut = truncate(planted, 10)
+    assert (cut.discarded / cut.total).sqrt() < 1e-6
+    assert (planted - cut.left @ cut.right).norm() < 1e-5 * planted.norm()
 
 
 @pytest.mark.parametrize("noise", [1.0, 1e-3])
