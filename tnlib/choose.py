@@ -19,7 +19,8 @@ SURVIVORS = 4  # plans that are timed, at most
 CLOSE = 2.5  # times the best prediction within which a plan survives
 WORTH_TIMING = 2e-5  # seconds a call must be predicted to take before plans are timed
 TRACED_TOKENS = 512  # what a compiled graph, whose token count is symbolic, is planned for
-ROUNDS = 4
+ROUNDS = 4  # at least; and more, up to MOST, until ENOUGH seconds have passed: a busy moment must not decide for good
+MOST, ENOUGH = 20, 0.05
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ def _must_not_time(device):
     return captured or torch.are_deterministic_algorithms_enabled()
 
 
-def time_in_turns(functions, device, rounds=ROUNDS):
+def time_in_turns(functions, device):
     """Seconds of the fastest of a few runs of each function, taken in turns: a slow moment falls on all of them."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for function in functions:
         function()
-    times, inner = [math.inf] * len(functions), [1] * len(functions)
-    for number in range(rounds):
+    times, inner, number, began = [math.inf] * len(functions), [1] * len(functions), 0, time.perf_counter()
+    while number < ROUNDS or (number < MOST and time.perf_counter() - began < ENOUGH):
         for at, function in enumerate(functions):
             wait()
             start = time.perf_counter()
@@ -106,6 +107,7 @@ def time_in_turns(functions, device, rounds=ROUNDS):
             times[at] = min(times[at], took)
             if number == 0:
                 inner[at] = max(1, min(20, int(1e-3 / max(took, 1e-7))))
+        number += 1
     return times
 
 
