@@ -218,6 +218,8 @@ def test_rates_price_a_large_product_by_arithmetic_and_a_thin_one_by_traffic():
     assert rates.seconds(thin) == pytest.approx(2 * (20 + 20 + 1) / 1e8 + 2e-6)
     copies = dataclasses.replace(thin, run=(Copy(1000),))
     assert rates.seconds(copies) == pytest.approx(1000 / 2e7 + 1e-6)
+    copies = dataclasses.replace(thin, run=(Copy(1000, run=2), Copy(1000, run=8)))
+    assert rates.seconds(copies) == pytest.approx(1000 / 4e7 + 2000 / 1e8 + 2e-6)
 
 
 def test_rates_are_measured_once_and_read_again(memory):

@@ -38,6 +38,7 @@ class Copy:
     """Numbers read and written again in another order."""
 
     numbers: int
+    run: int = 1  # that stay beside one another
     flops = 0
 
 
@@ -139,7 +140,7 @@ class Move(NamedTuple):
         if not side_by_side(m, k, self.width, count):
             return [Product(m, k, self.width, count)], columns * m
         copied = [(k, self.turned_in), (m, self.turned_out)] if count > 1 else []
-        copies = [Copy(size * columns) for size, turned in copied if not turned]
+        copies = [Copy(size * columns, self.width) for size, turned in copied if not turned]
         return [Product(m, k, columns), *copies], columns * m
 
     def link(self, matrix):

@@ -35,7 +35,7 @@ class Machine:
     batches: tuple  # the same for a batch of products with such a side, the others 64
     cached: float  # numbers a second read, or written, below BORDER
     streamed: float  # beyond it
-    reordered: float  # numbers a second copied into another order
+    reordered: float  # numbers a second copied into another order, each alone; runs of them go as many times as fast
     call: float  # seconds a step costs, whatever its size
 
     def seconds(self, plan, built=True):
@@ -44,7 +44,7 @@ class Machine:
 
     def _step(self, step):
         if not isinstance(step, Product):
-            return self.call + max(step.numbers / self.reordered, self._move(2 * step.numbers))
+            return self.call + max(step.numbers / (self.reordered * step.run), self._move(2 * step.numbers))
         m, k, n, batch = step.m, step.k, step.n, step.batch
         rate = _between(min(m, k, n), self.batches if batch > 1 else self.products)
         numbers = m * k * (1 if step.shared else batch) + batch * (k * n + m * n)
