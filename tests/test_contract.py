@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tnlib as tn
 from tnlib import chain, choose, links, machine
 from tnlib.choose import Case
-from tnlib.contract import Copy, merge, partitions
+from tnlib.contract import Copy, Move, Product, merge, partitions
 from tnlib.factorized import materialize_
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
@@ -99,6 +99,26 @@ def test_blocks_side_by_side_or_one_by_one_give_the_same(turned_in, turned_out, 
     assert torch.allclose(place.view(count, -1), (wanted.mT if turned_out else wanted).reshape(count, -1))
     found = links.matrix_grad(link, (grad.mT if turned_out else grad).contiguous(), state, None)
     assert torch.allclose(found, (grad @ blocks.mT).sum(0))
+
+
+def test_blocks_side_by_side_are_priced_as_one_product_and_the_copies_around_it():
+    move = Move(0, (0, 1, 2, 3), 8)
+    assert move.steps((96, 80), 80 * 8 * 9) == ([Product(96, 80, 72), Copy(80 * 72, 8), Copy(96 * 72, 8)], 96 * 72)
+    assert move.steps((96, 80), 80 * 8) == ([Product(96, 80, 8)], 96 * 8)
+    assert move._replace(turned_in=True).steps((96, 80), 80 * 72)[0] == [Product(96, 80, 72), Copy(96 * 72, 8)]
+    assert move.steps((6, 5), 5 * 72) == ([Product(6, 5, 8, 9)], 6 * 72)
+
+
+@pytest.mark.parametrize(("width", "batched"), [(20, False), (64, True)])
+def test_torchs_own_backward_pass_makes_no_gradient_of_a_large_matrix_for_every_block(width, batched):
+    matrix = torch.randn(96, 80, requires_grad=True)
+    y = links.apply_link(links.Link(matrix, width), torch.randn(9, 80, width), plain=True)
+    found, nodes = set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        found.add(node.name())
+        nodes += [other for other, _ in node.next_functions if other is not None]
+    assert ("BmmBackward0" in found) == batched
 
 
 def test_frozen_factors_get_no_gradient_and_the_input_does(form, small_groups):

@@ -64,7 +64,7 @@ def test_block_lanczos_captures_the_exact_energy_on_a_flat_spectrum(monkeypatch,
 
 def test_what_is_nearly_of_low_rank_is_cut_in_float64_whatever_its_size(monkeypatch):
     monkeypatch.setattr(spectrum, "SQUARE_LIMIT", 100)
-    planted = torch.randn(160, 10) @ torch.randn(10, 200)
+    planted = torch.randn(480, 10) @ torch.randn(10, 600)
     cut = truncate(planted, 10)
     assert (cut.discarded / cut.total).sqrt() < 1e-6
     assert (planted - cut.left @ cut.right).norm() < 1e-5 * planted.norm()
