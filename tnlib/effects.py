@@ -24,8 +24,10 @@ class Effect:
         return (self.favors * ((self.value if number is None else number) - self.border)) + 0.0
 
     def __str__(self):
-        spread = "" if self.low is None else f" ({self.low:.3g} to {self.high:.3g})"
-        return f"{self.value:.3g}{spread} {self.unit}"
+        value, low, high = (
+            None if x is None else f"{round(x, 4) + 0.0:.3g}" for x in (self.value, self.low, self.high)
+        )
+        return f"{value} {self.unit}" if low is None else f"{value} ({low} to {high}) {self.unit}"
 
 
 def only(rows, **wanted):

@@ -255,7 +255,9 @@ def _qat(m, p):
         seeds, row = len(p["SEEDS"]), rows[0]
         ends = ("least seed", "most") if seeds > 1 else ("low", "high")
         low, high = min(r[ends[0]] for r in rows), max(r[ends[1]] for r in rows)
-        said = (f"range over {seeds} seeds" if seeds > 1 else "95 % bootstrap over examples") + f", {len(rows)} task(s)"
+        said = (f"range over {seeds} seeds" if seeds > 1 else "95 % bootstrap over examples") + (
+            f", {len(rows)} tasks" if len(rows) > 1 else ""
+        )
         of = f"{row['of']} minus {row['against']}, {', '.join(r['task'] for r in rows)}"
         value = statistics.fmean(r["points"] for r in rows)
         return Effect(value=value, low=low, high=high, interval=said, unit="points", of=of, **rules.get(part, {}))
