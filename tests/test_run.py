@@ -70,6 +70,7 @@ def library(tmp_path_factory):
     shutil.copytree(run.LIBRARY, copy / "tnlib", ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LIBRARY", copy / "tnlib")
+        patch.setattr(run, "repo_root", lambda: copy)  # no records there: the batch's own process sees none either
         patch.setenv("PYTHONPATH", str(copy))
         yield
 

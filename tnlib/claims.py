@@ -89,7 +89,7 @@ _CLAIMS = (
     ("K6", "on MLP matrices Van Loan finds less than 0.02 of rho beyond noise", "asked here; the paper's norm table lies at the noise's values",
      "whether neighboring neurons are alike: in an MLP their order is arbitrary", ()),
     ("H1", "at one total size, attention should get more of the numbers than the MLP", _HYBRID,
-     "the form: see the row for low rank beside it", ()),
+     "the form: low rank, judged beside it where it was run, need not agree with trains", ()),
     ("H2", "a uniform ratio loses to an allocation by sensitivity, after healing", "asked here; the README allocates by kind of matrix",
      "how unequal the matrices are: a uniform ratio cuts the touchy ones as deep as the others", ()),
     ("H3", "an MLP at a twentieth of its numbers costs less than 30 % of perplexity, after training", _HYBRID,

@@ -15,7 +15,7 @@ class Effect:
     of: str  # what was compared, in the record's own names
     low: float | None = None  # None: the record holds no interval
     high: float | None = None
-    interval: str = "not in the record"
+    interval: str = "no interval in the record"
     border: float = 0.0
     favors: int = 1  # +1: above the border for the claim, -1: below it
 

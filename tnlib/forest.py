@@ -37,7 +37,10 @@ def claims_figure(judgments):
         _rows(axis, [row.part for row, _ in rows])
         axis.set_xlabel(f"← against the claim    {unit}    for the claim →", fontsize=8)
     count = {verdict: sum(j.verdict == verdict for j in judgments) for verdict in VERDICTS}
-    axes[0, 0].set_title("; ".join(f"{number} {verdict}" for verdict, number in count.items() if number), fontsize=10)
+    axes[0, 0].set_title(
+        f"{len(judgments)} claims: " + "; ".join(f"{number} {verdict}" for verdict, number in count.items() if number),
+        fontsize=10,
+    )
     _legend(figure)
     return figure
 
@@ -84,7 +87,8 @@ def _panels(judgments):
         here = [row for row in judgment.rows if row.counts and row.scale == judgment.scale]
         unit = next((row.effect.unit for row in here if row.effect), "")
         for row in here:
-            rows = [other for other in judgment.rows if other.part == row.part and other.scale != row.scale]
+            same = (row.part, row.notebook)
+            rows = [o for o in judgment.rows if (o.part, o.notebook) == same and o.scale != row.scale]
             panel = _PANELS.get(row.effect.unit if row.effect else unit, _OTHER)
             below = rows and judgment.rows.index(rows[0]) > judgment.rows.index(row)
             panels.setdefault(panel, []).append((row, rows[0] if below else None))

@@ -145,7 +145,7 @@ def _hybrid(m, p):
     def healed(start):
         row, seeds = only(m["healing"], model=f"FFN alone, {start}"), len(p["SEEDS"])
         low, high = (percent(row["least rise"]), percent(row["most"])) if seeds > 1 else (None, None)
-        said = f"range over {seeds} seeds" if seeds > 1 else "not in the record"
+        said = f"range over {seeds} seeds" if seeds > 1 else "no interval in the record"
         of = f"FFN at {p['FFN_KEPT']:g} from {start}, healed; {row['+% a word']:.0f} % a word"
         return Effect(value=row["perplexity +% a byte"], low=low, high=high, interval=said, of=of, **cost)
 
