@@ -9,9 +9,9 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric"],
-    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness"],
-    ["contract"],
+    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects"],
+    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness", "readings", "forest"],
+    ["contract", "evidence"],
     ["lookup", "machine"],
     ["choose"],
     ["applied"],

@@ -75,6 +75,9 @@ _PUBLIC = {
     "speed": ["compare_speed"],
     "harness": ["harness"],
     "explore": ["Explorer", "bit_explorer", "fit_explorer"],
+    "claims": ["VERDICTS", "claims", "overall_verdict"],
+    "evidence": ["evidence", "judge"],
+    "forest": ["claim_figure", "claims_figure"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
