@@ -11,9 +11,11 @@ import torch
 from tiny import CONFIGS, logits, tiny
 
 from tnlib.calibrate import calibrate, calibrate_parts, join_calibrations, load_calibration
+from tnlib.gradients import with_gradients
 from tnlib.kronecker import Kronecker
 from tnlib.local import fit_layers_
 from tnlib.low_rank import LowRank
+from tnlib.metric import Metric
 from tnlib.moments import second_moments
 from tnlib.plan import plan
 from tnlib.recipe import Recipe, RecipeError, Rule
@@ -256,3 +258,37 @@ def test_in_sequence_refuses_what_is_not_in_a_block():
         factorize_in_sequence_(tiny("t5"), WINDOWS, recipe(LowRank(rank=2), "mlp"))
     with pytest.raises(ValueError, match="needed 'dense' or 'own'"):
         factorize_in_sequence_(tiny("gpt2"), WINDOWS, recipe(LowRank(rank=2), "mlp"), aim="teacher")
+
+
+# --- the other side ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradients_are_those_of_the_gathered_outputs(family):
+    model, wanted = tiny(family), recipe(LowRank(rank=2), "mlp")
+    stats = calibrate(model, WINDOWS, wanted)
+    found = with_gradients(stats, model, WINDOWS, batch=5)
+    name = next(iter(stats))
+    outputs = []
+    with model.get_submodule(name).register_forward_hook(lambda m, a, y: (y.retain_grad(), outputs.append(y))[0]):
+        scores = model(WINDOWS).logits[:, :-1]
+    torch.nn.functional.cross_entropy(scores.flatten(0, 1), WINDOWS[:, 1:].flatten(), reduction="sum").backward()
+    g = outputs[0].grad.flatten(0, 1)
+    assert torch.allclose(found[name].gradients, g.T @ g / WINDOWS.numel(), rtol=1e-5, atol=1e-10)
+    assert all(p.requires_grad for p in model.parameters())
+    assert sum(len(m._forward_hooks) for m in model.modules()) == 0
+
+
+@pytest.mark.parametrize("form", HALF, ids=str)
+def test_weighing_both_sides_lowers_the_error_that_is_weighed(form):
+    model, wanted, missed = tiny("llama"), recipe(form, "mlp"), []
+    stats = calibrate(model, WINDOWS, wanted)
+    both = with_gradients(stats, model, WINDOWS)
+    name = "model.layers.1.mlp.up_proj"
+    metric = Metric(both[name].second, outputs=both[name].gradients)
+    for given in (stats, both):
+        student = copy.deepcopy(model)
+        factorize_(student, wanted, given, fit={"steps": 100})
+        weight = model.get_submodule(name).weight.detach()
+        missed.append(metric.error(weight - student.get_submodule(name).weight.detach(), weight))
+    assert missed[1] < missed[0]

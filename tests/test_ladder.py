@@ -10,7 +10,7 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects"],
-    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "packing", "generate", "speed", "hub", "harness", "readings", "forest"],
+    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "generate", "speed", "hub", "harness", "readings", "forest"],
     ["contract", "evidence"],
     ["lookup", "machine"],
     ["choose"],
@@ -30,7 +30,7 @@ RUNGS = [
     ["objective", "hand_rules", "calibrate"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "sequential", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "streamed", "hybrid_tt"],
+    ["heal", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "streamed", "hybrid_tt"],
     ["stages", "stream"],
     ["presets", "report"],
     ["job"],

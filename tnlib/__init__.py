@@ -26,6 +26,7 @@ _PUBLIC = {
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
     "sequential": ["factorize_in_sequence_"],
+    "baselines": ["asvd", "factorize_by_", "prune_", "svd_llm"],
     "stream": ["factorize_folder"],
     "streamed": ["load_factorized"],
     "hybrid_tt": [
@@ -43,6 +44,7 @@ _PUBLIC = {
     "triton_kernels": ["kronecker_linear", "low_rank_linear", "use_triton_"],
     "resume": ["load_weights_", "save_weights"],
     "moments": ["Moments", "second_moments"],
+    "gradients": ["with_gradients"],
     "metric": ["Metric"],
     "calibrate": ["Calibration", "calibrate", "calibrate_parts", "join_calibrations", "load_calibration"],
     "weighted": ["fit_weighted"],

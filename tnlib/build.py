@@ -49,7 +49,7 @@ class Fit(NamedTuple):
         """Fingerprint of all of it."""
         total = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=16)
         for moments in self.moments.values():
-            for part in (moments.mean, moments.second, moments.counts) if moments is not None else ():
+            for part in (moments.mean, moments.second, moments.counts, moments.gradients) if moments is not None else ():
                 if part is not None:
                     total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return total.hexdigest()

@@ -66,7 +66,7 @@ def moment_tensors(text):
     if known := getattr(text, "fingerprint", None):
         return [torch.tensor(list(known.encode()), dtype=torch.uint8)]
     if isinstance(text, Mapping):
-        parts = [getattr(use, name) for use in text.values() if use for name in ("mean", "second", "counts")]
+        parts = [getattr(use, name) for use in text.values() if use for name in ("mean", "second", "counts", "gradients")]
         return [part for part in parts if part is not None]
     return [] if text is None else [text]
 

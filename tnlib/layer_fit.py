@@ -104,6 +104,7 @@ def fit_metric(moments, shrink=1.0, centered=False):
 
     moments: list of Moments; centered: take the mean out, for a weight whose bias is fitted too
     shrink: white noise worth shrink * in tokens, at the power of the median channel; look-ups: shrink times as many again, random
+    Gradients at the outputs, where moments have them, weigh the other side, with noise of the same kind.
     Exact: with shrink = 0 the metric is the text's own second moment, but for 1e-6 of its mean power.
     """
     rows = [m.counts for m in moments if m.counts is not None]
@@ -115,7 +116,10 @@ def fit_metric(moments, shrink=1.0, centered=False):
         tokens = sum(m.tokens for m in inputs)
         second = sum(m.tokens / tokens * (m.covariance() if centered else m.second) for m in inputs)  # (in, in)
         second = second + noise_level(second, tokens, shrink) * torch.eye(len(second), dtype=second.dtype, device=second.device)
-    return Metric(second, counts)
+    outputs = moments[0].gradients if len(moments) == 1 else None  # of one use: gradients of several do not share a scale
+    if outputs is not None:
+        outputs = outputs + noise_level(outputs, moments[0].tokens, shrink) * torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+    return Metric(second, counts, outputs)
 
 
 def noise_level(second, tokens, shrink):
@@ -143,7 +147,7 @@ def _fitted(job, weight, start, metric, steps, learning_rate):
     first = 0
     for part, factors in zip(job.parts, start):
         rows = slice(first, first + part.shape[0])
-        own = Metric(metric.second, None if metric.rows is None else metric.rows[rows])
+        own = Metric(metric.second, _part(metric.rows, rows), _part(metric.outputs, rows, rows))
         form, own_weight, own = _in_order(part, weight[rows].to(work), own)
         plain = {name: factors[name] for name in part.factors}
         fitted, method = fit_weighted(form, plain, own_weight, own, steps, learning_rate)
@@ -158,9 +162,16 @@ def _in_order(part, weight, metric):
         return part.form, weight, metric
     natural = {f"{axis}_order": torch.arange(n, device=weight.device) for axis, n in zip(("row", "column"), part.shape)}
     rows, columns = (natural | part.orders)["row_order"].long().argsort(), (natural | part.orders)["column_order"].long()
-    second = None if metric.second is None else metric.second[columns][:, columns]
-    counts = None if metric.rows is None else metric.rows[rows]
-    return replace(part.form, permute=""), weight[rows][:, columns], Metric(second, counts)
+    second = _part(metric.second, columns, columns)
+    parts = second, _part(metric.rows, rows), _part(metric.outputs, rows, rows)
+    return replace(part.form, permute=""), weight[rows][:, columns], Metric(*parts)
+
+
+def _part(tensor, rows, columns=None):
+    """tensor[rows], or tensor[rows][:, columns]; None for None."""
+    if tensor is None:
+        return None
+    return tensor[rows] if columns is None else tensor[rows][:, columns]
 
 
 def _rebuilt(job, factors):

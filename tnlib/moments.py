@@ -25,6 +25,7 @@ class Moments:
     mean: torch.Tensor | None = None  # (in,), float64
     second: torch.Tensor | None = None  # (in, in), float64: mean of x x.T
     counts: torch.Tensor | None = None  # (rows,), float64, embeddings only
+    gradients: torch.Tensor | None = None  # (out, out), float64: mean of g g.T, g the loss's gradient at the outputs; see gradients.py
 
     @classmethod
     def joined(cls, parts):

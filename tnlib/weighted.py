@@ -18,7 +18,7 @@ from tnlib.weighted_kronecker import alternate, unknowns
 from tnlib.weighted_train import sweep_train
 
 LARGEST_SYSTEM = 2560  # unknowns solved for at once in a Kronecker half step: about 0.5 s on one core
-STEPS_A_SWEEP = 10  # gradient steps that take about as long as a sweep over a train's cores
+STEPS_A_SWEEP = 20  # gradient steps that take about as long as a sweep over a train's cores
 WARM_UP = 5  # gradient steps over which the step size rises
 
 
@@ -26,7 +26,7 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
     """Move `factors` so that the weight they stand for is nearer to `weight` in `metric`.
 
     form: resolved; factors: by name, the start; weight: (out, in)
-    steps: most alternations of a Kronecker sum, or gradient steps; a train is swept steps / 10 times at most
+    steps: most alternations of a Kronecker sum, or gradient steps; a train is swept steps / 20 times at most
     learning_rate: of the gradient method; a step moves a factor by about learning_rate times its root mean square
     Returns: factors by name, in the dtype of `weight` or float64; how they were found: "closed form", "alternating", "sweeps",
         "gradient"
