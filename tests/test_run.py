@@ -70,6 +70,7 @@ def library(tmp_path_factory):
     shutil.copytree(run.LIBRARY, copy / "tnlib", ignore=shutil.ignore_patterns("__pycache__"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "LIBRARY", copy / "tnlib")
+        patch.setattr(run, "repo_root", lambda: copy)  # no records there: the batch's own process sees none either
         patch.setenv("PYTHONPATH", str(copy))
         yield
 
@@ -218,8 +219,9 @@ def test_a_second_call_runs_only_what_is_not_done(batch, capsys):
     assert "03_dead" in (root / "run" / "index.html").read_text(), "what an earlier call ran stays on the page"
 
 
-def test_changed_code_parameters_or_inputs_run_again_and_comments_in_text_do_not(batch):
+def test_changed_code_parameters_or_inputs_run_again_and_comments_in_text_do_not(batch, monkeypatch):
     root, _ = batch
+    monkeypatch.setattr(run, "repo_root", lambda: root)
     every = find_notebooks(root / "notebooks")
 
     def stamps(books, **given):
@@ -238,6 +240,11 @@ def test_changed_code_parameters_or_inputs_run_again_and_comments_in_text_do_not
     assert all(first[name] != stamp for name, stamp in stamps(every, WIDTH=9).items())
     (root / "run" / "results" / "01_fine.json").write_text("{}")
     assert {name for name, stamp in stamps(every).items() if stamp != first[name]} == {"20_reader"}
+    for shelf in ("figures", "runs/long/results"):  # where records lie that are read in place of this run's
+        before = stamps(every)
+        (root / shelf).mkdir(parents=True)
+        (root / shelf / "01_fine_long.json").write_text("{}")
+        assert {name for name, stamp in stamps(every).items() if stamp != before[name]} == {"20_reader"}
 
 
 # -------------------------------------------------------------------------------------------- killed, late, stopped

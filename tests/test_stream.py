@@ -147,7 +147,7 @@ def test_from_pretrained_refuses_the_folder_instead_of_drawing_weights(tmp_path)
 
 def test_an_interrupted_run_goes_on_and_finished_shards_are_not_done_again(tmp_path, monkeypatch):
     folder, out, made = folder_of(tmp_path, "llama"), tmp_path / "out", []
-    build = tnlib.stream.build_layer
+    build = tnlib.stream.build
 
     def counted(*args):
         made.append(args[-1])
@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on_and_finished_shards_are_not_done_again(tmp_p
             raise KeyboardInterrupt
         return build(*args)
 
-    monkeypatch.setattr(tnlib.stream, "build_layer", counted)
+    monkeypatch.setattr(tnlib.stream, "build", counted)
     with pytest.raises(KeyboardInterrupt):
         factorize_folder(folder, HALF, out, shard_mb=0.004)
     assert not out.exists()
@@ -173,12 +173,12 @@ KILLED = """
 import sys, time, tnlib.stream as stream
 from tnlib.low_rank import LowRank
 from tnlib.recipe import Recipe, Rule
-build = stream.build_layer
+build = stream.build
 def slow(*args):
     print("layer", flush=True)
     time.sleep(0.2)
     return build(*args)
-stream.build_layer = slow
+stream.build = slow
 recipe = Recipe(name="test", rules=(Rule(where="mlp", form=LowRank(rank=4)),))
 stream.factorize_folder(sys.argv[1], recipe, sys.argv[2], shard_mb=0.004)
 """
@@ -207,7 +207,7 @@ def live_bytes():
 
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, monkeypatch):
     chosen = recipe(LowRank(rank=4), "linear", "embedding")
-    build, save, peaks = tnlib.stream.build_layer, tnlib.stream.save_file, {2: [], 5: []}
+    build, save, peaks = tnlib.stream.build, tnlib.stream.save_file, {2: [], 5: []}
     for layers, seen in peaks.items():
         before = live_bytes()
 
@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, monkeypatch):
             seen.append(live_bytes() - before)
             return result
 
-        monkeypatch.setattr(tnlib.stream, "build_layer", partial(measured, build))
+        monkeypatch.setattr(tnlib.stream, "build", partial(measured, build))
         monkeypatch.setattr(tnlib.stream, "save_file", partial(measured, save))
         config = transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": layers})
         transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / f"dense{layers}")

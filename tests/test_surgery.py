@@ -121,7 +121,7 @@ def test_nan_in_the_last_matrix_leaves_the_whole_model_untouched():
 
 def test_an_interruption_half_way_leaves_the_model_as_it_was(monkeypatch):
     model, built = tiny("llama"), []
-    build = tnlib.surgery.build_layer
+    build = tnlib.surgery.build
 
     def interrupted(*args):
         if len(built) == 3:
@@ -129,7 +129,7 @@ def test_an_interruption_half_way_leaves_the_model_as_it_was(monkeypatch):
         built.append(build(*args))
         return built[-1]
 
-    monkeypatch.setattr(tnlib.surgery, "build_layer", interrupted)
+    monkeypatch.setattr(tnlib.surgery, "build", interrupted)
     before = logits(model, IDS)
     with pytest.raises(KeyboardInterrupt):
         factorize_(model, recipe(LowRank(rank=2), "mlp"))
@@ -177,14 +177,14 @@ def test_finished_layers_of_another_weight_or_a_damaged_file_are_refused(tmp_pat
     other = tiny("gpt2")
     with torch.no_grad():
         next(p for n, p in other.named_parameters() if "mlp" in n and p.dim() == 2).add_(1)
-    with pytest.raises(ValueError, match=r"another weight, rule or seed.*Give out= another folder"):
+    with pytest.raises(ValueError, match=r"another weight, rule, seed or calibration.*Give out= another folder"):
         factorize_(other, wanted, out=tmp_path)
     path = next(iter(sorted(tmp_path.glob("*.safetensors"))))
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ValueError, match="is damaged"):
         factorize_(tiny("gpt2"), wanted, out=tmp_path)
     path.write_bytes(save({"left": torch.zeros(2)}))  # somebody else's file, without a fingerprint
-    with pytest.raises(ValueError, match="another weight, rule or seed"):
+    with pytest.raises(ValueError, match="another weight, rule, seed or calibration"):
         factorize_(tiny("gpt2"), wanted, out=tmp_path)
 
 

@@ -25,6 +25,7 @@ _PUBLIC = {
     "plan": ["plan", "report"],
     "forecast": ["forecast"],
     "surgery": ["densify_", "factorize_"],
+    "sequential": ["factorize_in_sequence_"],
     "stream": ["factorize_folder"],
     "streamed": ["load_factorized"],
     "hybrid_tt": [
@@ -42,7 +43,10 @@ _PUBLIC = {
     "triton_kernels": ["kronecker_linear", "low_rank_linear", "use_triton_"],
     "resume": ["load_weights_", "save_weights"],
     "moments": ["Moments", "second_moments"],
-    "weighted": ["Metric", "fit_weighted"],
+    "metric": ["Metric"],
+    "calibrate": ["Calibration", "calibrate", "calibrate_parts", "join_calibrations", "load_calibration"],
+    "weighted": ["fit_weighted"],
+    "weighted_train": ["spread_ranks", "sweep_train"],
     "layer_fit": ["LayerFit", "fit_metric"],
     "local": ["fit_layers_"],
     "profile": ["Profile", "Row", "Unit", "rank_correlation"],
@@ -71,6 +75,9 @@ _PUBLIC = {
     "speed": ["compare_speed"],
     "harness": ["harness"],
     "explore": ["Explorer", "bit_explorer", "fit_explorer"],
+    "claims": ["VERDICTS", "claims", "overall_verdict"],
+    "evidence": ["evidence", "judge"],
+    "forest": ["claim_figure", "claims_figure"],
     "figures": ["label", "load_result", "save_figure", "save_result", "show_record", "use_style"],
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -3,13 +3,67 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from tnlib.layer_fit import FIT, Job, fit_job, load_found
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear, dense_layer
 from tnlib.records import write_atomic
 from tnlib.shapes import is_conv1d, weight_of
+
+FITTED = "fitted_bias"  # name in a kept file: a layer's own bias is never in one
+
+
+class Built(NamedTuple):
+    """A new layer, and the bias (out,) that was fitted along, to be written when the layer is put in its place."""
+
+    layer: nn.Module
+    bias: torch.Tensor | None = None
+
+    def write_bias(self):
+        """Write it, where there is one."""
+        if self.bias is None:
+            return
+        parts, first = getattr(self.layer, "parts", [self.layer]), 0
+        for part in parts:
+            with torch.no_grad():
+                part.bias.copy_(self.bias[first : first + part.shape[0]])
+            first += part.shape[0]
+
+
+class Fit(NamedTuple):
+    """What a layer is fitted to: {module name: Moments} of its uses, and the settings of fit_job."""
+
+    moments: dict
+    settings: dict
+
+    @classmethod
+    def of(cls, names, stats, settings):
+        """For a layer used under these names; None without stats."""
+        return None if stats is None else cls({name: stats[name] for name in names}, FIT | (settings or {}))
+
+    @property
+    def mark(self):
+        """Fingerprint of all of it."""
+        total = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=16)
+        for moments in self.moments.values():
+            for part in (moments.mean, moments.second, moments.counts) if moments is not None else ():
+                if part is not None:
+                    total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
+
+
+def build(name, module, rule, seed, number, fit=None):
+    """build_layer, fitted to the moments of its inputs if there is a `fit`."""
+    layer = build_layer(module, rule, seed, number)
+    if fit is None:
+        return Built(layer)
+    job = Job(name, tuple(fit.moments), layer, module)
+    found = fit_job(job, fit.moments, {}, **fit.settings)
+    load_found(job, found)
+    return Built(layer, found.bias)
 
 
 def build_layer(module, rule, seed, number):
@@ -32,24 +86,27 @@ def keep_bias(old, new):
     return new
 
 
-def kept_layer(folder, name, module, rule, seed, number):
-    """build_layer, or what an earlier call with the same arguments left in `folder`.
+def kept_layer(folder, name, module, rule, seed, number, fit=None, mark=None):
+    """`build`, or what an earlier call with the same arguments left in `folder`.
 
-    Raises: ValueError if the file there is of another weight, rule or seed, or damaged
+    mark: fingerprint of the whole run, where that says more than the arguments do
+    Raises: ValueError if the file there is of another weight, rule, seed or calibration, or damaged
     Exact: the layer read back equals the one built, bit for bit.
     """
     path = Path(folder) / f"{name}.safetensors"
-    mark = _fingerprint(weight_of(module), rule, seed, number)
+    mark = mark or _fingerprint(weight_of(module), rule, seed, number, fit)
     if path.exists():
         return _read(path, mark, module, rule, seed, number)
     from safetensors.torch import save
 
-    layer = build_layer(module, rule, seed, number)
-    tensors = {key: value.detach().cpu().contiguous() for key, value in layer.state_dict().items() if _own(key)}
+    built = build(name, module, rule, seed, number, fit)
+    tensors = {key: value.detach().cpu().contiguous() for key, value in built.layer.state_dict().items() if _own(key)}
+    if built.bias is not None:
+        tensors[FITTED] = built.bias.cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
-    errors = json.dumps([part.error for part in _with_errors(layer)])
+    errors = json.dumps([(part.error, part.output_error) for part in _with_errors(built.layer)])
     write_atomic(path, save(tensors, metadata={"fingerprint": mark, "errors": errors}))
-    return layer
+    return built
 
 
 def _read(path, mark, module, rule, seed, number):
@@ -62,19 +119,19 @@ def _read(path, mark, module, rule, seed, number):
         raise ValueError(f"factorize_: {path} is damaged ({error}); needed a whole file. Delete it.") from error
     if (kept or {}).get("fingerprint") != mark:
         raise ValueError(
-            f"factorize_: {path} is of another weight, rule or seed; needed the same ones to go on with it. Give out= another "
-            "folder, or delete this one."
+            f"factorize_: {path} is of another weight, rule, seed or calibration; needed the same ones to go on with it. Give out= "
+            "another folder, or delete this one."
         )
     weight = weight_of(module)
     empty = build_layer(_without_values(module, weight), rule, seed, number)  # on the meta device: nothing is decomposed
-    layer = empty.to_empty(device=weight.device)
+    layer, bias = empty.to_empty(device=weight.device), tensors.pop(FITTED, None)
     layer.load_state_dict(tensors, strict=False)
-    for part, error in zip(_with_errors(layer), json.loads(kept["errors"])):
-        part.error = error
+    for part, errors in zip(_with_errors(layer), json.loads(kept["errors"])):
+        part.error, part.output_error = errors
     if isinstance(layer, SplitLinear) and module.bias is not None:
-        for part, bias in zip(layer.parts, module.bias.detach().chunk(rule.split)):
-            part.bias = nn.Parameter(bias.clone())
-    return keep_bias(module, layer)
+        for part, own in zip(layer.parts, module.bias.detach().chunk(rule.split)):
+            part.bias = nn.Parameter(own.clone())
+    return Built(keep_bias(module, layer), None if bias is None else bias.to(weight.device))
 
 
 def _own(key):
@@ -94,9 +151,10 @@ def _without_values(module, weight):
     return dense_layer(weight.detach().to("meta"), bias, "Conv1D" if is_conv1d(module) else "Linear", module.training)
 
 
-def _fingerprint(weight, rule, seed, number):
-    """Of the weight, bit for bit, and of what is made of it."""
+def _fingerprint(weight, rule, seed, number, fit):
+    """Of the weight, bit for bit, of what is made of it and what it is fitted to."""
     facts = [str(rule.form), rule.init, rule.split, seed, number, str(weight.dtype), tuple(weight.shape)]
+    facts += [] if fit is None else [fit.mark]
     total = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
     total.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

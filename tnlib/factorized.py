@@ -20,6 +20,7 @@ class Factorized(nn.Module):
         self.shape = (int(shape[0]), int(shape[1]))  # (out, in); for an embedding (rows, dim)
         self.form = form.resolve(self.shape)
         self.error = None  # relative Frobenius error of the decomposition this layer came from; None if drawn at random
+        self.output_error = None  # the same of the outputs on a calibration text, for a layer that was fitted to one
         self.between = None  # module applied to the input and to intermediate results, see Form.forward
         self.plan = None  # name of the plan of contraction to take; None: the fastest for so many tokens
         self.kept = Kept()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,7 +63,9 @@ class FitStore:
 
 def moment_tensors(text):
     """What a text is known by: its windows, or the tensors of its moments; nothing for None."""
-    if isinstance(text, dict):
+    if known := getattr(text, "fingerprint", None):
+        return [torch.tensor(list(known.encode()), dtype=torch.uint8)]
+    if isinstance(text, Mapping):
         parts = [getattr(use, name) for use in text.values() if use for name in ("mean", "second", "counts")]
         return [part for part in parts if part is not None]
     return [] if text is None else [text]
@@ -72,6 +75,9 @@ def digest(tensors, facts):
     """Fingerprint of tensors, bit for bit, and of plain facts."""
     total = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
     for tensor in tensors:
+        if tensor.device.type == "meta":  # a weight that is offloaded: known by its shape
+            total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            continue
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         total.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         total.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")

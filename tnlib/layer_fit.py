@@ -9,9 +9,11 @@ from torch import nn
 
 from tnlib.form import measured_error
 from tnlib.layers import SplitLinear
+from tnlib.metric import Metric
 from tnlib.shapes import ShapeError, weight_of
-from tnlib.weighted import Metric, fit_weighted
+from tnlib.weighted import fit_weighted
 
+FIT = {"steps": 40, "learning_rate": 0.1, "shrink": 1.0}  # what fits use unless told otherwise
 NEGLIGIBLE = 1e-7  # relative error below which a layer is exact already and is left alone
 
 
@@ -86,6 +88,17 @@ def fit_job(job, seen, held, steps, learning_rate, shrink):
     return Found(factors, bias, row)
 
 
+def load_found(job, found):
+    """Put the factors that were found, and their errors, into the layer that holds them. The bias is the caller's affair."""
+    first = 0
+    for part, factors in zip(job.parts, found.factors):
+        rows = slice(first, first + part.shape[0])
+        weight = weight_of(job.dense)[rows].detach()
+        part.load_factors(factors, measured_error(weight, part.form.to_dense(factors, part.shape)))
+        first += part.shape[0]
+    job.layer.error, job.layer.output_error = found.row.frobenius_after, found.row.after
+
+
 def fit_metric(moments, shrink=1.0, centered=False):
     """The metric of one weight from the moments of all its uses, with noise added in proportion to how little text there was.
 
@@ -101,10 +114,14 @@ def fit_metric(moments, shrink=1.0, centered=False):
     if inputs:
         tokens = sum(m.tokens for m in inputs)
         second = sum(m.tokens / tokens * (m.covariance() if centered else m.second) for m in inputs)  # (in, in)
-        power = second.diagonal()
-        level = shrink * len(second) / tokens * float(power.median()) + 1e-6 * float(power.mean())
-        second = second + (level or 1.0) * torch.eye(len(second), dtype=second.dtype, device=second.device)
+        second = second + noise_level(second, tokens, shrink) * torch.eye(len(second), dtype=second.dtype, device=second.device)
     return Metric(second, counts)
+
+
+def noise_level(second, tokens, shrink):
+    """Power of the white noise that is added to a second moment (in, in): see fit_metric."""
+    power = second.diagonal()
+    return shrink * len(second) / tokens * float(power.median()) + 1e-6 * float(power.mean()) or 1.0
 
 
 def _present(job, moments):

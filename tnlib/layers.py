@@ -143,6 +143,7 @@ class SplitLinear(nn.Module):
         self.parts, self.source = nn.ModuleList(parts), source
         self.shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
         self.error = None  # relative Frobenius error of the stacked weight
+        self.output_error = None  # as in Factorized
 
     @classmethod
     def from_dense(cls, dense, form, init="svd", generator=None, split=3):

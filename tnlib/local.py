@@ -5,6 +5,7 @@ layer's inputs (moments.py); after that each layer is a small problem of its own
 """
 
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tnlib.fit_store import FitStore
-from tnlib.form import measured_error
-from tnlib.layer_fit import Job, fit_job
+from tnlib.layer_fit import Job, fit_job, load_found
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.moments import second_moments
 from tnlib.shapes import ShapeError, check_weight, weight_of
@@ -40,7 +40,7 @@ def fit_layers_(
     """Fit every factorized layer of `student` to the outputs of its dense layer in `teacher`, in place.
 
     windows: (windows, context) int64 or int32, the calibration text; held_out: windows that are only measured on. Either may
-        be what second_moments returned for the same modules instead, so that several students share one pass
+        be what second_moments or calibrate returned for the same modules instead, so that several students share one pass
     steps: most alternations, or gradient steps, a layer; learning_rate: of gradient steps, in units of a factor's size
     shrink: s adds white noise worth s * in tokens to the second moment, at the power of the median channel. 0 trusts the
         text alone; large values lead back to the plain Frobenius fit. With fewer tokens than inputs, 0 overfits badly
@@ -117,7 +117,7 @@ def _moments(teacher, text, names, batch):
     """Moments of the named modules, from windows or out of a dictionary of moments; {} without a text."""
     if text is None:
         return {}
-    if not isinstance(text, dict):
+    if not isinstance(text, Mapping):
         return second_moments(teacher, text, names, batch, missing=True)
     if missing := [name for name in names if name not in text]:
         raise ValueError(
@@ -154,18 +154,14 @@ def _in_threads(jobs, work):
 
 
 def _write(student, job, found):
-    """Put the factors into the layer that holds them, and the new errors into all that share them."""
-    first = 0
-    for part, factors in zip(job.parts, found.factors):
-        rows = slice(first, first + part.shape[0])
-        part.load_factors(factors, measured_error(weight_of(job.dense)[rows].detach(), _dense_of(part, factors)))
-        if found.bias is not None:
+    """Put factors and bias into the layer that holds them, and the new errors into all that share them."""
+    load_found(job, found)
+    if found.bias is not None:
+        first = 0
+        for part in job.parts:
             with torch.no_grad():
-                part.bias.copy_(found.bias[rows])
-        first += part.shape[0]
+                part.bias.copy_(found.bias[first : first + part.shape[0]])
+            first += part.shape[0]
     for name in job.names:
-        student.get_submodule(name).error = found.row.frobenius_after
-
-
-def _dense_of(part, factors):
-    return part.form.to_dense(factors, part.shape)
+        layer = student.get_submodule(name)
+        layer.error, layer.output_error = job.layer.error, job.layer.output_error

@@ -4,8 +4,10 @@ For a matrix W and its inputs x, the mean squared error of a replacement W' is t
 C = mean of x x.T, an (in, in) matrix. One pass over the text gives C; the fit then sees no token again.
 """
 
+import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -23,6 +25,15 @@ class Moments:
     mean: torch.Tensor | None = None  # (in,), float64
     second: torch.Tensor | None = None  # (in, in), float64: mean of x x.T
     counts: torch.Tensor | None = None  # (rows,), float64, embeddings only
+
+    @classmethod
+    def joined(cls, parts):
+        """Moments of several texts together, each weighed by its tokens. Exact: those of one text that holds all of them."""
+        tokens = sum(part.tokens for part in parts)
+        if parts[0].counts is not None:
+            return cls(tokens, counts=sum(part.counts for part in parts))
+        mean, second = (sum(part.tokens / tokens * getattr(part, name) for part in parts) for name in ("mean", "second"))
+        return cls(tokens, mean, second)
 
     def covariance(self):
         """second - mean mean.T (in, in): what is left to a matrix whose bias takes the mean."""
@@ -47,24 +58,46 @@ def second_moments(model, windows, names, batch=4, missing=False):
             f"second_moments: got {len(names)} names and windows {tuple(windows.shape)}; needed at least one of each. "
             "Name modules as in model.named_modules(), and give token_windows of a longer text."
         )
-    sums = {name: _Sums(name) for name in names}
-    groups, run = {}, _runner(model, names)
+    seen, run = Seen(model, names), runner(model, names)
     device = next(model.parameters()).device
-    with ExitStack() as hooks, eval_mode(model), torch.no_grad():
-        recent = []
-        for name in names:
-            hook = _hook(sums, name, groups, recent)
-            handle = model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-            hooks.callback(handle.remove)
+    with seen, eval_mode(model), torch.no_grad():
         for ids in windows.split(batch):
-            recent.clear()
             run(ids.to(device))
-        recent.clear()
-    found = {name: sums[name].moments(missing) for name in names if groups.get(name, name) == name}
-    return {name: found[groups.get(name, name)] for name in names}
+            seen.forget()
+    return seen.moments(missing)
 
 
-class _Sums:
+class Seen:
+    """Sums over what enters some modules of a model, as long as one is in `with Seen(model, names):`."""
+
+    def __init__(self, model, names):
+        self.model, self.names = model, list(names)
+        self.sums = {name: Sums(name) for name in self.names}
+        self.groups, self.recent, self.hooks = {}, [], ExitStack()
+
+    def __enter__(self):
+        for name in self.names:
+            hook = _hook(self.sums, name, self.groups, self.recent)
+            handle = self.model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            self.hooks.callback(handle.remove)
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.close()
+        self.forget()
+
+    def forget(self):
+        """Let go of the last pass's inputs: the next ones are others, even where they lie in the same memory."""
+        self.recent.clear()
+
+    def moments(self, missing=False):
+        """{name: Moments}, one object for modules that read the same tensors. missing: as in second_moments."""
+        leaders = {name: self.groups.get(name, name) for name in self.names}
+        found = {name: self.sums[name].moments(missing) for name, leader in leaders.items() if leader == name}
+        return {name: found[leader] for name, leader in leaders.items()}
+
+
+class Sums:
     """Running sums over one module's inputs."""
 
     def __init__(self, name):
@@ -128,11 +161,13 @@ def _hook(sums, name, groups, recent):
     return hook
 
 
-def _runner(model, names):
-    """What to call with ids: the model without its head where the head is not asked for."""
+def runner(model, names, cache=True):
+    """What to call with ids: the model without its head where none of `names` is in it; cache=False: no keys and values are kept."""
     base, prefix = getattr(model, "base_model", model), getattr(model, "base_model_prefix", "")
     inside = base is not model and all(name.startswith(f"{prefix}.") for name in names)
     called = base if inside else model
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return lambda ids: called(input_ids=ids, decoder_input_ids=ids)
+    if not cache and "use_cache" in inspect.signature(called.forward).parameters:
+        return partial(called, use_cache=False)
     return called

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from tqdm.auto import tqdm
 
+from tnlib.metric import Metric
 from tnlib.sensitivity import checked_profile, fitted_layer, squares
 from tnlib.shapes import weight_of
-from tnlib.weighted import Metric
 
 
 def proxy_profile(model, moments, forms, where="linear", unit="matrix", progress=None):

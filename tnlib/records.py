@@ -68,6 +68,21 @@ def load_result(name, scale=None):
     )
 
 
+def load_results(name):
+    """Every record of NAME that counts, by scale: those in figures/, and in their place those of your own in runs/.
+
+    Returns: {scale: (record, path)}, the smallest scale first; smoke is never among them
+    Exact: load_result(name, scale) is the record of each scale, unless you have one in another run's folder.
+    """
+    found = {}
+    for scale in SCALES[1:]:
+        own = [folder / "results" / f"{name}.json" for folder in (repo_root() / "runs" / scale, run_folder(scale))]
+        for path in (repo_root() / "figures" / f"{name}_{scale}.json", *own):
+            if path.exists() and (made := json.loads(path.read_text(encoding="utf-8")))["scale"] == scale:
+                found[scale] = (made, path)
+    return found
+
+
 def record(folder, scale, names=None, to=None):
     """Copy a finished run's figures and results into figures/ as NAME_SCALE.*, the results of record.
 

@@ -101,7 +101,14 @@ def _job(book, parameters, scale, out, timeout, every):
 
 
 def _inputs(book, every, out):
-    return [path for name in _before(book, every) for path in sorted(out.glob(f"results/{name.split('_')[0]}_*.json"))]
+    """The records that a notebook may read: this run's, those of record and those of your other runs."""
+    shelves = [(out, "results"), (repo_root(), "figures"), (repo_root(), "runs/*/results")]
+    found = [
+        sorted(root.glob(f"{folder}/{name.split('_')[0]}_*.json"))
+        for name in _before(book, every)
+        for root, folder in shelves
+    ]
+    return [path for paths in found for path in paths]
 
 
 def _before(book, every):

@@ -14,14 +14,12 @@ import torch
 from tqdm.auto import tqdm
 
 from tnlib.fit_store import digest, moment_tensors
-from tnlib.layer_fit import Job, fit_job
+from tnlib.layer_fit import FIT, Job, fit_job
 from tnlib.layers import FactorizedLinear
 from tnlib.prefix import Prefix
 from tnlib.profile import blank_profile, row_from_dict, row_to_dict
 from tnlib.records import write_atomic
 from tnlib.shapes import check_weight, is_conv1d, weight_of
-
-FIT = {"steps": 40, "learning_rate": 0.1, "shrink": 1.0}  # fit_layers_'s own defaults
 
 
 def sensitivity(

@@ -22,21 +22,22 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from tnlib.assets import fetch
-from tnlib.build import build_layer
+from tnlib.build import Fit, build
 from tnlib.checkpoint_files import INDEX, identity, stored_tensors
+from tnlib.fit_store import digest, moment_tensors
 from tnlib.recipe import match
 from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
 from tnlib.shapes import check_weight, weight_of
 from tnlib.streamed import FACTS, skeleton_of
-from tnlib.surgery import factorize_
+from tnlib.surgery import check_stats, factorize_, partners
 
 BESIDE = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configuration and tokenizer
 GUARD = "weight"  # what transformers expects in a dense module; one number there is a shape that it refuses
 
 
-def factorize_folder(folder, recipe, out, *, seed=0, shard_mb=256, progress=None):
-    """Write to `out` what factorize_(model, recipe, seed=seed) makes of the checkpoint in `folder`; returns None.
+def factorize_folder(folder, recipe, out, stats=None, *, fit=None, seed=0, shard_mb=256, progress=None):
+    """Write to `out` what factorize_(model, recipe, stats, fit=fit, seed=seed) makes of the checkpoint in `folder`; returns None.
 
     folder: a transformers checkpoint in safetensors, one file or shards (or an asset's or hub name, as in fetch). It is only read
     out: a new folder: shards of at most `shard_mb` MB (more where one matrix is larger), their index, configuration and
@@ -52,11 +53,13 @@ def factorize_folder(folder, recipe, out, *, seed=0, shard_mb=256, progress=None
     source, out = fetch(folder), Path(out)
     files = stored_tensors(source)
     facts = {"recipe": recipe.to_dict(), "seed": seed, "shard_mb": shard_mb, "source": identity(files)}
+    if stats is not None:
+        facts |= {"calibration": digest(moment_tensors(stats), fit or {})}
     facts = json.loads(json.dumps(facts))  # as it will be read again
     work = out.with_name(f"{out.name}.part")
     if _is_there(source, out, work, facts):
         return
-    units = _units(skeleton_of(source), recipe, files, seed)
+    units = _units(skeleton_of(source), recipe, files, seed, stats, fit)
     shards = _shards(units, shard_mb * 1e6)
     names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
     hide = not (sys.stderr.isatty() if progress is None else progress)
@@ -104,9 +107,11 @@ class _Unit:
     make: Callable  # parts that were read -> {name in the module: tensor}, {module: error}
 
 
-def _units(model, recipe, files, seed):
+def _units(model, recipe, files, seed, stats, fit):
     """All tensors of the result, in the model's order, by what they are made from; `model` is factorized, without weights."""
     stored, claims = _stored(model, files), match(model, recipe)
+    uses = {claim.name: [claim.name, *partners(model, recipe, *claim)] for claim in claims}
+    check_stats(stats, uses)
     factorize_(model, recipe, progress=False)
     names = {id(tensor): name for name, tensor in own_tensors(model).items()}
     units, order = [], {name: place for place, name in enumerate(names.values())}
@@ -115,7 +120,7 @@ def _units(model, recipe, files, seed):
         layer = model.get_submodule(claim.name).state_dict(keep_vars=True)
         size = sum(t.numel() * (4 if t.dtype == torch.int32 else parts["weight"].wide) for t in layer.values())
         own = {part: names.pop(id(tensor)) for part, tensor in layer.items()} | {GUARD: f"{claim.name}.{GUARD}"}
-        units.append(_Unit(own, parts, size, partial(_layer, claim, recipe.name, seed, number)))
+        units.append(_Unit(own, parts, size, partial(_layer, claim, recipe.name, seed, number, (uses[claim.name], stats, fit))))
     for tensor in own_tensors(model).values():
         if id(tensor) in names and id(tensor) in stored:
             part = stored[id(tensor)]
@@ -150,17 +155,18 @@ def _stored(model, files):
     return found
 
 
-def _layer(claim, recipe, seed, number, parts):
+def _layer(claim, recipe, seed, number, fit, parts):
     """All tensors of the layer that replaces a dense one, by their name in it, and {module: error}."""
     for part, tensor in parts.items():
         setattr(claim.module, part, torch.nn.Parameter(tensor, requires_grad=False))
     try:
         check_weight(weight_of(claim.module), f"recipe {recipe!r}, module {claim.name}")
-        layer = build_layer(claim.module, claim.rule, seed, number)
+        built = build(claim.name, claim.module, claim.rule, seed, number, Fit.of(*fit))
+        built.write_bias()
     finally:
         claim.module.to("meta")
-    made = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
-    return made | {GUARD: torch.zeros(1, dtype=parts["weight"].dtype)}, {claim.name: layer.error}
+    made = {name: tensor.contiguous() for name, tensor in built.layer.state_dict().items()}
+    return made | {GUARD: torch.zeros(1, dtype=parts["weight"].dtype)}, {claim.name: built.layer.error}
 
 
 def _shards(units, limit):

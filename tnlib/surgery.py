@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from tnlib.build import build_layer, keep_bias, kept_layer
+from tnlib.build import Fit, build, keep_bias, kept_layer
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear, dense_layer
 from tnlib.packing import Packed, QuantizedEmbedding, is_packed
 from tnlib.plan import plan, tied_names
@@ -16,8 +16,11 @@ from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
 from tnlib.ties import tell_ties
 
 
-def factorize_(model, recipe, *, seed=0, progress=None, out=None):
+def factorize_(model, recipe, stats=None, *, fit=None, seed=0, progress=None, out=None):
     """Replace every module that the recipe claims by its factorized layer, in place; returns None.
+
+    stats: from calibrate (or {module name: Moments}): each layer is then fitted to what enters it, so that outputs and not
+        weights come near, a bias of its own along; None: the nearest weight. fit: settings of that, as in fit_layers_
 
     Everything is checked first (rules, shapes, finite weights), every new layer is built next, and only then are modules
     swapped: an error or an interruption leaves the model as it was. So dense and new layers are held at once; where there is no
@@ -27,23 +30,47 @@ def factorize_(model, recipe, *, seed=0, progress=None, out=None):
     seed: for random initializations; progress: a bar over modules (default: only on a terminal)
     out: folder in which every finished layer is kept, one file each: called again after an interruption, with the same model,
         recipe and seed, it goes on from there
-    Raises: RecipeError, ShapeError, naming recipe and module; ValueError if `out` holds layers of another weight or recipe
+    Raises: RecipeError, ShapeError, naming recipe and module; ValueError if `out` holds layers of another weight or recipe, and
+        for stats that lack a module
     Exact: the parameters afterwards number plan(model, recipe).total.
     """
     plan(model, recipe)
     claims = match(model, recipe)
     for name, module, _ in claims:
         check_weight(weight_of(module), f"recipe {recipe.name!r}, module {name}")
-    partners = {name: _partners(model, recipe, name, module, rule) for name, module, rule in claims}
+    uses = {name: (name, *partners(model, recipe, name, module, rule)) for name, module, rule in claims}
+    check_stats(stats, uses)
     hide = not (sys.stderr.isatty() if progress is None else progress)
-    new = {}
-    for claim, layer in tqdm(_all_built(claims, seed, out), f"factorize {recipe.name}", len(claims), disable=hide):
-        new[claim.name] = layer
-        for other in partners[claim.name]:
-            new[other] = _share(model.get_submodule(other), layer)
+
+    def make(numbered):
+        number, (name, module, rule) = numbered
+        given = name, module, rule, seed, number, Fit.of(uses[name], stats, fit)
+        return build(*given) if out is None else kept_layer(out, *given)
+
+    new, built = {}, []
+    for claim, one in tqdm(all_built(claims, make), f"factorize {recipe.name}", len(claims), disable=hide):
+        built.append(one)
+        new[claim.name] = one.layer
+        for other in uses[claim.name][1:]:
+            new[other] = _share(model.get_submodule(other), one.layer)
+    for one in built:
+        one.write_bias()
     for name, layer in new.items():
-        _swap(model, name, layer)
+        swap(model, name, layer)
     tell_ties(model)
+
+
+def check_stats(stats, uses):
+    """Raises: ValueError where moments are missing. uses: {module: all names that it is used under}."""
+    if stats is None:
+        return
+    lost = [name for names in uses.values() for name in names if name not in stats]
+    lost += [names[0] for names in uses.values() if not any(name in stats and stats[name] is not None for name in names)]
+    if lost:
+        raise ValueError(
+            f"factorize_: got stats of {len(stats)} modules, without {lost[0]} ({len(set(lost))} missing); needed all that are "
+            "replaced. Calibrate with this recipe, on a text that reaches them all."
+        )
 
 
 def densify_(model, names=None):
@@ -58,7 +85,7 @@ def densify_(model, names=None):
         if stored is not None and ".parts." not in name and (names is None or name in names):
             dense = _unpacked(layer) if is_packed(layer) else layer.to_dense()
             dense.weight = tables.setdefault(id(stored), dense.weight)
-            _swap(model, name, keep_bias(layer, dense))
+            swap(model, name, keep_bias(layer, dense))
     tell_ties(model)
 
 
@@ -87,26 +114,19 @@ def _unpacked(layer):
     return dense_layer(weight_of(layer).clone(), layer.bias, "Conv1D" if is_conv1d(layer) else "Linear", layer.training)
 
 
-def _all_built(claims, seed, out):
-    """(claim, new layer) in order, one matrix a thread: LAPACK's own threads gain little on one and stall on a busy machine."""
+def all_built(claims, make):
+    """(claim, make(numbered claim)) in order, one matrix a thread: LAPACK's own threads gain little on one and stall on a busy machine."""
     threads = torch.get_num_threads()
-    at_once = 1 if any(claim.module.weight.is_cuda for claim in claims) else threads
+    at_once = 1 if any(claim.module.weight.is_cuda for claim in claims) else min(threads, len(claims))
     pool = ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(threads // at_once,))
-
-    def build(numbered):
-        number, (name, module, rule) = numbered
-        if out is None:
-            return build_layer(module, rule, seed, number)
-        return kept_layer(out, name, module, rule, seed, number)
-
     try:
-        yield from zip(claims, pool.map(build, enumerate(claims)))
+        yield from zip(claims, pool.map(make, enumerate(claims)))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # a thread's setting is also what new threads start with
 
 
-def _partners(model, recipe, name, module, rule):
+def partners(model, recipe, name, module, rule):
     """Modules that must share the new layer's factors; refuse what cannot."""
     others = [n for n in tied_names(model, name) if n != name]
     if isinstance(module, nn.Embedding) and rule.head == "dense":
@@ -130,11 +150,11 @@ def _share(module, layer):
         if module.bias is not None:
             twin.bias = module.bias
     twin.share_factors(layer)
-    twin.error = layer.error
+    twin.error, twin.output_error = layer.error, layer.output_error
     return twin.train(module.training)
 
 
-def _swap(model, name, layer):
+def swap(model, name, layer):
     parent, _, child = name.rpartition(".")
     if not name:
         raise ShapeError(

@@ -208,6 +208,10 @@ class _Train(Form):
         ]
         return {f"core{k}": core for k, core in enumerate(padded)}
 
+    def unpaired(self, cores):
+        """Factors by name out of cores as `paired` gives them, zero-padded to redundant ranks."""
+        return self._named([core.flatten(-3, -2) for core in cores] if self._axes == 1 else cores)
+
     def _summands(self):
         return math.prod(self.ranks)
 
