@@ -23,7 +23,7 @@ class LayerFit:
 
     module: str
     form: str
-    method: str  # "closed form", "alternating", "gradient"; "kept" where nothing better than the start was found
+    method: str  # "closed form", "alternating", "sweeps", "gradient"; "kept" where nothing better than the start was found
     tokens: int  # of the calibration text
     before: float  # on the calibration text
     after: float

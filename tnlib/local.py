@@ -41,7 +41,7 @@ def fit_layers_(
 
     windows: (windows, context) int64 or int32, the calibration text; held_out: windows that are only measured on. Either may
         be what second_moments or calibrate returned for the same modules instead, so that several students share one pass
-    steps: most alternations, or gradient steps, a layer; learning_rate: of gradient steps, in units of a factor's size
+    steps: most alternations, or gradient steps, a layer, a twentieth of it sweeps over a train; learning_rate: of gradient steps, in units of a factor's size
     shrink: s adds white noise worth s * in tokens to the second moment, at the power of the median channel. 0 trusts the
         text alone; large values lead back to the plain Frobenius fit. With fewer tokens than inputs, 0 overfits badly
     batch: windows a forward pass; memory_gb: of second moments held at once; more layers than that take further passes
