@@ -18,6 +18,7 @@ from test_surgery import IDS, recipe
 from tiny import AUTO, LLAMA, tiny
 
 import tnlib.stream
+from tnlib.calibrate import calibrate
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.plan import report
@@ -306,3 +307,17 @@ def test_folders_that_are_not_ours_are_refused(tmp_path):
     factorize_folder(folder, HALF, tmp_path / "empty")
     shutil.rmtree(folder)
     assert load_factorized(tmp_path / "empty").config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_calibration_is_used_on_disk_as_in_memory(family, tmp_path):
+    folder, wanted = folder_of(tmp_path, family), recipe(MPO(order=2, kept=0.5), "mlp")
+    dense = AUTO.get(family, transformers.AutoModelForCausalLM).from_pretrained(folder).eval()
+    stats = calibrate(dense, IDS, wanted, out=tmp_path / "stats")
+    factorize_(dense, wanted, stats, fit={"shrink": 0.5})
+    factorize_folder(folder, wanted, tmp_path / "out", stats, fit={"shrink": 0.5})
+    assert_same(load_factorized(tmp_path / "out"), dense)
+    with pytest.raises(ValueError, match="another calibration"):
+        factorize_folder(folder, wanted, tmp_path / "out", stats)
+    with pytest.raises(ValueError, match="stats of 4|stats of 6"):
+        factorize_folder(folder, recipe(LowRank(rank=2), "linear"), tmp_path / "other", stats)
