@@ -228,7 +228,7 @@ def test_in_sequence_an_interruption_leaves_the_model_and_the_next_call_goes_on(
     from tnlib import build
 
     wanted, plain = recipe(MPO(order=2, kept=0.5), "mlp"), tiny("gpt2")
-    factorize_in_sequence_(plain, WINDOWS, wanted)
+    factorize_in_sequence_(plain, WINDOWS, wanted, aim="dense")
     fit, fitted = build.fit_job, []
 
     def stopped(job, *args, **kwargs):
@@ -242,9 +242,9 @@ def test_in_sequence_an_interruption_leaves_the_model_and_the_next_call_goes_on(
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(build, "fit_job", stopped)
     with pytest.raises(KeyboardInterrupt):
-        factorize_in_sequence_(model, WINDOWS, wanted, out=tmp_path)
+        factorize_in_sequence_(model, WINDOWS, wanted, aim="dense", out=tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    factorize_in_sequence_(model, WINDOWS, wanted, out=tmp_path)
+    factorize_in_sequence_(model, WINDOWS, wanted, aim="dense", out=tmp_path)
     assert len([name for name in fitted if name]) == 4
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ValueError, match="of another model, text, recipe or setting"):
@@ -292,3 +292,16 @@ def test_weighing_both_sides_lowers_the_error_that_is_weighed(form):
         weight = model.get_submodule(name).weight.detach()
         missed.append(metric.error(weight - student.get_submodule(name).weight.detach(), weight))
     assert missed[1] < missed[0]
+
+
+def test_in_sequence_gradients_are_weighed_along():
+    teacher, wanted = tiny("llama"), recipe(LowRank(rank=4), "mlp")
+    felt = with_gradients(calibrate(teacher, WINDOWS, wanted), teacher, WINDOWS)
+    name, missed = "model.layers.0.mlp.up_proj", []
+    metric = Metric(felt[name].second, outputs=felt[name].gradients)  # of the first matrices, which nothing precedes
+    for given in (None, felt):
+        student = copy.deepcopy(teacher)
+        factorize_in_sequence_(student, WINDOWS, wanted, given, fit={"shrink": 0.0})
+        weight = teacher.get_submodule(name).weight.detach()
+        missed.append(metric.error(weight - student.get_submodule(name).weight.detach(), weight))
+    assert missed[1] < 0.99 * missed[0]

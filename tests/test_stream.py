@@ -319,5 +319,5 @@ def test_a_calibration_is_used_on_disk_as_in_memory(family, tmp_path):
     assert_same(load_factorized(tmp_path / "out"), dense)
     with pytest.raises(ValueError, match="another calibration"):
         factorize_folder(folder, wanted, tmp_path / "out", stats)
-    with pytest.raises(ValueError, match="stats of 4|stats of 6"):
+    with pytest.raises(ValueError, match=r"stats of [46] modules"):
         factorize_folder(folder, recipe(LowRank(rank=2), "linear"), tmp_path / "other", stats)

@@ -10,6 +10,7 @@ reads x' is replaced by the W' for which W' x' is nearest to W x, so it also und
 import copy
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tnlib.build import Fit, build, keep_bias, kept_layer
-from tnlib.fit_store import digest
+from tnlib.fit_store import digest, moment_tensors
 from tnlib.layer_fit import FIT, noise_level
 from tnlib.layers import SplitLinear, dense_layer
 from tnlib.moments import Sums
@@ -33,12 +34,16 @@ from tnlib.walk import Walk
 DENSE, NOW = 0, 1  # tracks of the walk
 
 
-def factorize_in_sequence_(model, windows, recipe, *, aim="dense", fit=None, batch=4, seed=0, out=None, progress=None):
+def factorize_in_sequence_(
+    model, windows, recipe, stats=None, *, aim="own", fit=None, batch=4, seed=0, out=None, progress=None
+):
     """factorize_, block by block, each layer fitted to the inputs that it gets from what is compressed before it; in place.
 
     windows: (windows, context) int64 or int32, the calibration text
-    aim: "dense": outputs come near those of the dense model, errors of earlier layers included; "own": near those that the dense
-        matrix would give on the inputs that arrive
+    stats: from with_gradients: what it knows of gradients at the outputs is weighed along (of the dense model's)
+    aim: "own": outputs come near those that the dense matrix would give on the inputs that arrive; "dense": near those of the dense
+        model, errors of earlier layers undone where they can be. The latter is nearer block by block and lost more of SmolLM2's
+        perplexity (notebook 21)
     fit: settings as in fit_layers_; batch: windows a forward pass; seed, progress: as in factorize_
     out: folder in which every finished layer is kept; a killed call that is started again goes on from there
     Memory: twice the text's hidden states (tokens * width numbers), and what factorize_ needs. Matrices that read the same input
@@ -62,10 +67,11 @@ def factorize_in_sequence_(model, windows, recipe, *, aim="dense", fit=None, bat
                 "the others to factorize_, with stats from calibrate."
             )
     settings = FIT | (fit or {})
-    mark = digest([*model.state_dict().values(), windows], [recipe.to_dict(), settings, aim, seed])
+    known = moment_tensors(stats) if stats is not None else []
+    mark = digest([*model.state_dict().values(), windows, *known], [recipe.to_dict(), settings, aim, seed])
     if out is not None:
         _same_run(Path(out), mark)
-    run = _Run(walk, claims, settings, aim, seed, out, mark)
+    run = _Run(walk, claims, stats, settings, aim, seed, out, mark)
     last = max(int(claim.name.removeprefix(f"{walk.stack}.").split(".")[0]) for claim in claims)
     hide = not (sys.stderr.isatty() if progress is None else progress)
     with tqdm(total=len(claims), desc=f"factorize {recipe.name} in sequence", disable=hide) as bar:
@@ -103,8 +109,8 @@ def _same_run(folder, mark):
 class _Run:
     """One call at work: `layers` by name, as far as they are made."""
 
-    def __init__(self, walk, claims, settings, aim, seed, out, mark):
-        self.walk, self.settings, self.aim, self.seed, self.out, self.mark = walk, settings, aim, seed, out, mark
+    def __init__(self, walk, claims, stats, settings, aim, seed, out, mark):
+        self.walk, self.stats, self.settings, self.aim, self.seed, self.out, self.mark = walk, stats, settings, aim, seed, out, mark
         self.claims = {claim.name: (number, claim) for number, claim in enumerate(claims)}
         self.layers = {}
 
@@ -154,6 +160,8 @@ class _Run:
         target, fit = _copied(module), None
         if seen is not None:
             moments = seen.sums.moments()
+            if self.stats is not None:
+                moments = replace(moments, gradients=self.stats[name].gradients)
             target = seen.aimed(module, self.settings["shrink"]) if self.aim == "dense" else target
             fit = Fit({name: moments}, self.settings)
         given = name, target, rule, self.seed, number, fit
