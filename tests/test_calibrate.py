@@ -305,3 +305,14 @@ def test_in_sequence_gradients_are_weighed_along():
         weight = teacher.get_submodule(name).weight.detach()
         missed.append(metric.error(weight - student.get_submodule(name).weight.detach(), weight))
     assert missed[1] < 0.99 * missed[0]
+
+
+@pytest.mark.parametrize("aim", ["dense", "own"])
+def test_in_sequence_passes_through_blocks_without_claims(aim):
+    model = tiny("qwen3")
+    only = Recipe(name="one", rules=(Rule(where="mlp", form=LowRank(rank=3), blocks=(1,)),))
+    by_hand = copy.deepcopy(model)
+    factorize_(by_hand, only, calibrate(model, WINDOWS, only))
+    factorize_in_sequence_(model, WINDOWS, only, aim=aim)
+    name = "model.layers.1.mlp.up_proj"  # nothing before it is compressed
+    assert torch.allclose(model.get_submodule(name).weight, by_hand.get_submodule(name).weight, rtol=1e-6, atol=1e-9)

@@ -90,7 +90,7 @@ class Walk:
             def run(track=0, other=None):
                 state = self.states[at][track]
                 state = _given(args, kwargs) if state is None else state
-                call = plain if other is None else other
+                call = plain if other is None or other is block else other  # the block itself is covered
                 if args:
                     found = call(state, *args[1:], **kwargs)
                 else:
