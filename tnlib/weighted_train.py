@@ -37,7 +37,7 @@ def sweep_train(cores, weight, metric, sweeps=4, ranks=None, sites=1, tolerance=
     """
     ranks = tuple([core.shape[0] for core in cores] + [1]) if ranks is None else tuple(ranks)
     view = _Coordinates(weight, metric, [core.shape[1] for core in cores], [core.shape[2] for core in cores])
-    given = view.enter(cores)
+    given = view.enter([core.to(weight.dtype) for core in cores])
     cut = view.svd(ranks)
     train = _Train(min((given, cut), key=view.missed), view)
     found = []
