@@ -52,7 +52,7 @@ def test_our_whitened_low_rank_is_svd_llms():
     assert torch.allclose(logits(ours, WINDOWS), logits(theirs, WINDOWS), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kept", "pattern", "wanted"), [(0.5, None, 12), (0.8, None, 19), (1.0, (2, 4), 12), (1.0, (1, 3), 8)])
+@pytest.mark.parametrize(("kept", "pattern", "wanted"), [(0.5, None, 12), (0.8, None, 19), (None, (2, 4), 12), (None, (1, 3), 8)])
 @pytest.mark.parametrize("wanda", [False, True])
 def test_every_row_keeps_what_was_asked_for(kept, pattern, wanted, wanda):
     model = tiny("gpt2")
@@ -82,4 +82,10 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(RecipeError, match="needed LowRank rules"):
         factorize_by_(model, recipe(Kronecker(right=(2, 2))), stats, asvd)
     with pytest.raises(ShapeError, match="needed a multiple of 5"):
-        prune_(model, ["model.layers.0.mlp.up_proj"], 1.0, pattern=(2, 5))
+        prune_(model, ["model.layers.0.mlp.up_proj"], pattern=(2, 5))
+    for given in ({}, {"kept": 0.5, "pattern": (2, 4)}, {"kept": 1.5}):
+        with pytest.raises(ShapeError, match=r"needed (one of the two|a share)"):
+            prune_(model, ["model.layers.0.mlp.up_proj"], **given)
+    embedding = Recipe(name="test", rules=(Rule(where="embedding", form=LowRank(rank=2)),))
+    with pytest.raises(RecipeError, match="for Embedding; needed LowRank rules for linear layers"):
+        factorize_by_(model, embedding, stats, asvd)

@@ -69,28 +69,28 @@ def test_roots_of_modes_are_those_of_a_kronecker_product():
     assert torch.allclose(kron(inverses(mode_roots(second, IN))) @ whole, torch.eye(24, dtype=torch.float64), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "metric",
-    [
-        Metric(uneven(24)),
-        Metric(uneven(24), outputs=uneven(24, 5)),
-        Metric(rows=torch.rand(24).double()),
-        Metric(uneven(24), torch.rand(24).double()),
-    ],
-    ids=["inputs", "both sides", "look-ups", "table"],
-)
+METRICS = {  # and what share of the start's squared error may be left: by one site, by two
+    "inputs": (Metric(uneven(24)), 0.8, 0.8),
+    "both sides": (Metric(uneven(24), outputs=uneven(24, 5)), 0.8, 0.8),
+    "look-ups": (Metric(rows=torch.linspace(0.1, 1, 24).double()), 0.99, 1.05),
+    "table": (Metric(uneven(24), torch.linspace(0.1, 1, 24).double()), 0.99, 1.05),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("sites", [1, 2])
-def test_sweeps_never_go_uphill_and_say_the_error_that_is_there(metric, sites):
+def test_sweeps_never_go_uphill_and_say_the_error_that_is_there(name, sites):
+    metric, *left = METRICS[name]
     weight = matrix()
     cores = start(weight, (1, 5, 6, 1))
     before = metric.square(weight - dense(cores))
     found, errors = sweep_train(cores, weight, metric, sweeps=6, sites=sites)
     assert [core.shape for core in found] == [core.shape for core in cores]
     assert errors[-1] == pytest.approx(metric.square(weight - dense(found)), rel=1e-6)
+    assert errors[-1] < left[sites - 1] * before
     if sites == 1:
         assert errors == sorted(errors, reverse=True)
         assert errors[0] <= before * (1 + 1e-12)
-    assert errors[-1] < 0.8 * before or metric.rows is not None
 
 
 def test_with_the_identity_a_sweep_is_that_of_plain_least_squares():
@@ -127,8 +127,9 @@ def test_two_sites_follow_the_spectrum():
     assert Metric(uneven(24)).error(low - dense(found), low) < 0.6
 
 
-def test_rows_of_padding_do_not_count():
-    weight, metric = matrix(22), Metric(uneven(24))
+@pytest.mark.parametrize("metric", [Metric(uneven(24)), Metric(uneven(24), outputs=uneven(22, 5))], ids=["inputs", "both sides"])
+def test_rows_of_padding_do_not_count(metric):
+    weight = matrix(22)
     form = MPO(out_modes=OUT, in_modes=IN, ranks=(1, 5, 6, 1), pad_rows=True).resolve((22, 24))
     plain = form.decompose(weight)[0]
     factors, how = fit_weighted(form, plain, weight, metric)

@@ -1,14 +1,16 @@
 """Rivals of an activation-aware fit, from their papers: ASVD's scaling, SVD-LLM's whitening, magnitude and Wanda pruning."""
 
 import torch
+from torch import nn
 
-from tnlib.form import measured_error
+from tnlib.form import check_kept, measured_error
 from tnlib.layers import FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.recipe import RecipeError, match
 from tnlib.shapes import ShapeError, is_conv1d, weight_of
 from tnlib.spectrum import truncate
 from tnlib.surgery import swap
+from tnlib.ties import tell_ties
 
 JITTER = 1e-6  # of the mean power, as published implementations add where a Gram is singular
 
@@ -45,8 +47,11 @@ def factorize_by_(model, recipe, stats, method, **options):
     """
     new = {}
     for name, module, rule in match(model, recipe):
-        if not isinstance(rule.form, LowRank) or rule.split > 1:
-            raise RecipeError(f"factorize_by_, module {name}: got {rule.form}; needed LowRank rules without split.")
+        if not isinstance(rule.form, LowRank) or rule.split > 1 or isinstance(module, nn.Embedding):
+            raise RecipeError(
+                f"factorize_by_, module {name}: got {rule.form} for {type(module).__name__}; needed LowRank rules for linear layers, "
+                "without split. Use factorize_ for the others."
+            )
         weight = weight_of(module).detach()
         form = rule.form.resolve(tuple(weight.shape))
         source = "Conv1D" if is_conv1d(module) else "Linear"
@@ -57,17 +62,21 @@ def factorize_by_(model, recipe, stats, method, **options):
         new[name] = layer.train(module.training)
     for name, layer in new.items():
         swap(model, name, layer)
+    tell_ties(model)
 
 
-def prune_(model, names, kept, stats=None, pattern=None):
+def prune_(model, names, kept=None, stats=None, pattern=None):
     """Set the least entries of the named matrices to zero, in place; returns None. Where the zeros are is not stored by this.
 
-    kept: share of each row's entries that stay; pattern: (n, m), n of every m neighbors along the inputs stay, in place of kept
+    kept: share of each row's entries that stay; or pattern: (n, m), n of every m neighbors along the inputs stay
     stats: {module name: Moments}: entries are judged by |W_ij| times the root mean square of input j (Wanda); None: by |W_ij|
-    Raises: ShapeError for a pattern that does not divide the inputs
+    Raises: ShapeError for a share outside (0, 1], for both or neither of kept and pattern, and for one that does not divide the inputs
     Source: Wanda, Sun et al. 2023 (2306.11695); magnitude: Han et al. 2015.
     Exact: each row keeps round(kept * in) entries, or n of every m, unchanged.
     """
+    check_kept("prune_", kept)
+    if (kept is None) == (pattern is None):
+        raise ShapeError(f"prune_: got kept={kept}, pattern={pattern}; needed one of the two. Give kept=0.8 or pattern=(2, 4).")
     for name in names:
         weight = weight_of(model.get_submodule(name)).detach()  # (out, in), a view
         out, width = weight.shape

@@ -1,6 +1,5 @@
 """One factorized layer out of a dense module, by a rule of a recipe; and the folder in which finished ones are kept."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tnlib.layer_fit import FIT, Job, fit_job, load_found
+from tnlib.fit_store import digest, moment_tensors
+from tnlib.layer_fit import FIT, Job, fit_job, load_found, write_bias
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear, dense_layer
 from tnlib.records import write_atomic
 from tnlib.shapes import is_conv1d, weight_of
@@ -24,13 +24,7 @@ class Built(NamedTuple):
 
     def write_bias(self):
         """Write it, where there is one."""
-        if self.bias is None:
-            return
-        parts, first = getattr(self.layer, "parts", [self.layer]), 0
-        for part in parts:
-            with torch.no_grad():
-                part.bias.copy_(self.bias[first : first + part.shape[0]])
-            first += part.shape[0]
+        write_bias(getattr(self.layer, "parts", [self.layer]), self.bias)
 
 
 class Fit(NamedTuple):
@@ -47,12 +41,7 @@ class Fit(NamedTuple):
     @property
     def mark(self):
         """Fingerprint of all of it."""
-        total = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=16)
-        for moments in self.moments.values():
-            for part in (moments.mean, moments.second, moments.counts, moments.gradients) if moments is not None else ():
-                if part is not None:
-                    total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return total.hexdigest()
+        return digest(moment_tensors(self.moments), self.settings)
 
 
 def build(name, module, rule, seed, number, fit=None):
@@ -155,6 +144,4 @@ def _fingerprint(weight, rule, seed, number, fit):
     """Of the weight, bit for bit, of what is made of it and what it is fitted to."""
     facts = [str(rule.form), rule.init, rule.split, seed, number, str(weight.dtype), tuple(weight.shape)]
     facts += [] if fit is None else [fit.mark]
-    total = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
-    total.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+    return digest([weight], facts)

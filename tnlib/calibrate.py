@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from tnlib.fit_store import digest
 from tnlib.moments import Moments, Seen, second_moments
-from tnlib.plan import tied_names
 from tnlib.recipe import match
 from tnlib.records import write_atomic
 from tnlib.shapes import ShapeError
+from tnlib.surgery import partners
 from tnlib.walk import Walk
 
 FACTS = "calibration.json"
@@ -166,12 +166,7 @@ def _part(load, windows, recipe, folder, settings):
 
 def _names(model, recipe):
     """Every module that the recipe claims, and those that share a claimed table."""
-    found = {}
-    for name, _, rule in match(model, recipe):
-        for other in tied_names(model, name) if rule.head == "tied" else [name]:
-            found[other] = None
-        found[name] = None
-    return list(found)
+    return [use for claim in match(model, recipe) for use in (claim.name, *partners(model, recipe, *claim))]
 
 
 def _block(walk, number, names):

@@ -20,9 +20,14 @@ def with_gradients(stats, model, windows, names=None, batch=4):
     windows: (windows, context), batch at a time; names: None: all of `stats` that have inputs. Memory: 8 * out * out bytes each
     Returns: a dictionary like `stats`; fits then weigh errors on both sides (LowRank in closed form, trains by sweeps, others
         downhill). What LayerFit reports stays the error of the outputs
-    Raises: ValueError for a module that no gradient reaches
+    Raises: ValueError for a model without a next token, for a module that no gradient reaches and for gradients that are not finite
     Exact: `gradients` is G.T @ G / tokens for the matrix G (tokens, out) of gradients of the summed next-token losses.
     """
+    if not getattr(model, "can_generate", lambda: False)():
+        raise ValueError(
+            f"with_gradients: got {type(model).__name__}; needed a causal language model with its head, whose loss is that of the next "
+            "token. Load it with task='causal-lm'."
+        )
     names = [name for name in (stats if names is None else names) if stats[name] is not None and stats[name].second is not None]
     sums, tokens = dict.fromkeys(names, 0), 0
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -53,6 +58,10 @@ def with_gradients(stats, model, windows, names=None, batch=4):
     if lost := [name for name in names if isinstance(sums[name], int)]:
         raise ValueError(
             f"with_gradients: no gradient reaches {lost[0]} ({len(lost)} modules); needed modules between the embedding and the loss."
+        )
+    if odd := [name for name in names if not bool(sums[name].diagonal().sum().isfinite())]:
+        raise ValueError(
+            f"with_gradients: gradients at {odd[0]} are NaN or infinite ({len(odd)} modules); needed finite ones. Run the model in float32."
         )
     return {name: replace(m, gradients=sums[name] / tokens) if name in sums else m for name, m in stats.items()}
 

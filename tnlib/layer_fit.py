@@ -99,6 +99,15 @@ def load_found(job, found):
     job.layer.error, job.layer.output_error = found.row.frobenius_after, found.row.after
 
 
+def write_bias(parts, bias):
+    """Write a bias (out,) into the layers whose outputs stand side by side; None leaves them as they are."""
+    first = 0
+    for part in parts if bias is not None else ():
+        with torch.no_grad():
+            part.bias.copy_(bias[first : first + part.shape[0]])
+        first += part.shape[0]
+
+
 def fit_metric(moments, shrink=1.0, centered=False):
     """The metric of one weight from the moments of all its uses, with noise added in proportion to how little text there was.
 
@@ -115,17 +124,18 @@ def fit_metric(moments, shrink=1.0, centered=False):
     if inputs:
         tokens = sum(m.tokens for m in inputs)
         second = sum(m.tokens / tokens * (m.covariance() if centered else m.second) for m in inputs)  # (in, in)
-        second = second + noise_level(second, tokens, shrink) * torch.eye(len(second), dtype=second.dtype, device=second.device)
+        second = with_noise(second, tokens, shrink)
     outputs = moments[0].gradients if len(moments) == 1 else None  # of one use: gradients of several do not share a scale
     if outputs is not None:
-        outputs = outputs + noise_level(outputs, moments[0].tokens, shrink) * torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
+        outputs = with_noise(outputs, moments[0].tokens, shrink)
     return Metric(second, counts, outputs)
 
 
-def noise_level(second, tokens, shrink):
-    """Power of the white noise that is added to a second moment (in, in): see fit_metric."""
+def with_noise(second, tokens, shrink):
+    """A second moment (n, n) with the white noise added that fit_metric names, so that it is positive definite."""
     power = second.diagonal()
-    return shrink * len(second) / tokens * float(power.median()) + 1e-6 * float(power.mean()) or 1.0
+    level = shrink * len(second) / tokens * float(power.median()) + 1e-6 * float(power.mean())
+    return second + (level or 1.0) * torch.eye(len(second), dtype=second.dtype, device=second.device)
 
 
 def _present(job, moments):

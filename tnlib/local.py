@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tnlib.fit_store import FitStore
-from tnlib.layer_fit import Job, fit_job, load_found
+from tnlib.layer_fit import Job, fit_job, load_found, write_bias
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.moments import second_moments
 from tnlib.shapes import ShapeError, check_weight, weight_of
@@ -156,12 +156,7 @@ def _in_threads(jobs, work):
 def _write(student, job, found):
     """Put factors and bias into the layer that holds them, and the new errors into all that share them."""
     load_found(job, found)
-    if found.bias is not None:
-        first = 0
-        for part in job.parts:
-            with torch.no_grad():
-                part.bias.copy_(found.bias[first : first + part.shape[0]])
-            first += part.shape[0]
+    write_bias(job.parts, found.bias)
     for name in job.names:
         layer = student.get_submodule(name)
         layer.error, layer.output_error = job.layer.error, job.layer.output_error

@@ -1,7 +1,7 @@
 """How much each error of a weight matters: the norm that activation-aware fits minimize, and coordinates in which it is nearly plain."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -22,17 +22,13 @@ class Metric:
 
     def relative_to(self, weight):
         """The same metric with squared norm 1 (2 where look-ups are given too) for `weight`; a weight of norm 0 is left alone."""
-        parts = [Metric(second=self.second, outputs=self.outputs), Metric(rows=self.rows)]
-        size = [max(1e-300, part.square(weight)) if part.given else 1.0 for part in parts]
-        second, outputs, rows = self.second, self.outputs, self.rows
-        if second is None and outputs is not None:
-            outputs = outputs / size[0]
-        return Metric(None if second is None else second / size[0], None if rows is None else rows / size[1], outputs)
-
-    @property
-    def given(self):
-        """Whether it has any part."""
-        return any(getattr(self, field.name) is not None for field in fields(self))
+        second, rows, outputs = self.second, self.rows, self.outputs
+        if second is not None or outputs is not None:
+            size = max(1e-300, Metric(second=second, outputs=outputs).square(weight))
+            second, outputs = (second, outputs / size) if second is None else (second / size, outputs)
+        if rows is not None:
+            rows = rows / max(1e-300, Metric(rows=rows).square(weight))
+        return Metric(second, rows, outputs)
 
     def to(self, dtype):
         return Metric(*(None if part is None else part.to(dtype) for part in (self.second, self.rows, self.outputs)))

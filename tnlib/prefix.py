@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from tnlib.depth import block_stack
-from tnlib.modes import eval_mode
+from tnlib.modes import covered, eval_mode
 from tnlib.shapes import ShapeError
 from tnlib.windows import check_windows
 
@@ -78,20 +78,10 @@ class Prefix:
         with eval_mode(self.model), torch.inference_mode():
             yield
 
-    @contextmanager
     def _played_back(self, block):
-        """The blocks before `block` answer with their first output: their own `forward` is covered, and uncovered again."""
-        earlier = list(zip(self.blocks[:block], self.outputs))
-        before = [module.__dict__.get("forward") for module, _ in earlier]
-        try:
-            for module, kept in earlier:
-                module.forward = lambda *args, kept=kept, **kwargs: kept[self.at]
-            yield
-        finally:
-            for (module, _), forward in zip(earlier, before):
-                module.__dict__.pop("forward", None)
-                if forward is not None:
-                    module.forward = forward
+        """The blocks before `block` answer with their first output."""
+        earlier = zip(self.blocks[:block], self.outputs)
+        return covered([(module, lambda *args, kept=kept, **kwargs: kept[self.at]) for module, kept in earlier])
 
 
 def score_window(logits, ids, log_probs):

@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from tnlib.build import Fit, build, keep_bias, kept_layer
 from tnlib.fit_store import digest, moment_tensors
-from tnlib.layer_fit import FIT, noise_level
+from tnlib.layer_fit import FIT, with_noise
 from tnlib.layers import SplitLinear, dense_layer
 from tnlib.moments import Sums
-from tnlib.plan import plan
+from tnlib.plan import plan, tied_names
 from tnlib.recipe import RecipeError, match
 from tnlib.records import write_atomic
 from tnlib.shapes import check_weight, is_conv1d, weight_of
@@ -46,7 +46,7 @@ def factorize_in_sequence_(
         perplexity (notebook 21)
     fit: settings as in fit_layers_; batch: windows a forward pass; seed, progress: as in factorize_
     out: folder in which every finished layer is kept; a killed call that is started again goes on from there
-    Memory: twice the text's hidden states (tokens * width numbers), and what factorize_ needs. Matrices that read the same input
+    Memory: the text's hidden states (tokens * width numbers; twice with aim="dense"), and what factorize_ needs. Matrices that read the same input
         (q, k and v; gate and up) are fitted together, then what comes behind them sees their errors
     Returns: None. An error or an interruption leaves the model as it was
     Raises: as factorize_; RecipeError for claims outside the model's one stack of blocks; ValueError for activations that are not
@@ -58,18 +58,19 @@ def factorize_in_sequence_(
         raise ValueError(f"factorize_in_sequence_: got aim={aim!r}; needed 'dense' or 'own'.")
     plan(model, recipe)
     claims = match(model, recipe)
-    walk = Walk(model, windows, batch, tracks=2)
+    walk = Walk(model, windows, batch, tracks=2, where="factorize_in_sequence_")
     for name, module, _ in claims:
         check_weight(weight_of(module), f"recipe {recipe.name!r}, module {name}")
-        if not name.startswith(f"{walk.stack}."):
+        if not name.startswith(f"{walk.stack}.") or len(tied_names(model, name)) > 1:
             raise RecipeError(
-                f"recipe {recipe.name!r}: module {name} is not in one of the blocks {walk.stack}.*; needed matrices of blocks. Give "
-                "the others to factorize_, with stats from calibrate."
+                f"recipe {recipe.name!r}: module {name} is not in one of the blocks {walk.stack}.*, or is tied; needed matrices of "
+                "blocks, each for itself. Give the others to factorize_, with stats from calibrate."
             )
     settings = FIT | (fit or {})
-    known = moment_tensors(stats) if stats is not None else []
-    mark = digest([*model.state_dict().values(), windows, *known], [recipe.to_dict(), settings, aim, seed])
+    mark = None
     if out is not None:
+        tensors = [*model.state_dict().values(), windows, *moment_tensors(stats)]
+        mark = digest(tensors, [recipe.to_dict(), settings, aim, seed])
         _same_run(Path(out), mark)
     run = _Run(walk, claims, stats, settings, aim, seed, out, mark)
     last = max(int(claim.name.removeprefix(f"{walk.stack}.").split(".")[0]) for claim in claims)
@@ -135,9 +136,10 @@ class _Run:
         return now
 
     def advance(self, now, at, run):
-        """Both states of a batch behind a block, each by its own weights."""
+        """The states of a batch behind a block, each by its own weights; nobody asks for the dense one if the aim is "own"."""
         after = run(NOW, now)
-        self.walk.keep(at, DENSE, run(DENSE))
+        if self.aim == "dense":
+            self.walk.keep(at, DENSE, run(DENSE))
         self.walk.keep(at, NOW, after)
 
     def _first_group(self, number, dense, now, names):
@@ -233,9 +235,7 @@ class _Seen:
         cross, mean, second = self.cross / moments.tokens, self.mean / moments.tokens, moments.second
         if module.bias is not None:
             cross, second = cross - torch.outer(mean, moments.mean), moments.covariance()
-        noisy = second + noise_level(second, moments.tokens, shrink) * torch.eye(
-            len(second), dtype=second.dtype, device=second.device
-        )
+        noisy = with_noise(second, moments.tokens, shrink)
         weight = weight_of(module).detach().double()
         best = weight + torch.linalg.solve(noisy, (weight @ (cross - second)).T).T  # (out, in)
         bias = None if module.bias is None else module.bias.detach().double() + weight @ mean - best @ moments.mean

@@ -5,12 +5,13 @@ wanted are covered and do nothing, and the pass stops behind it. So a text costs
 hidden state a token, however large the model.
 """
 
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 
 import torch
 
 from tnlib.depth import block_stack
-from tnlib.modes import eval_mode
+from tnlib.modes import covered, eval_mode
 from tnlib.moments import runner
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")
@@ -21,13 +22,13 @@ class Walk:
 
     model: with one stack of equal blocks, in any mode; it runs in eval mode without gradients
     windows: (windows, context) int64 or int32; batch: windows a forward pass; tracks: how many hidden states are held for each
-        token, e.g. one of the dense model and one of the compressed one
+        token, e.g. one of the dense model and one of the compressed one; where: the caller, for its errors
     Raises: ShapeError for a model without one such stack
     Exact: after all blocks the states are those of the model's own forward pass.
     """
 
-    def __init__(self, model, windows, batch=4, tracks=1):
-        self.model, (self.stack, self.blocks) = model, block_stack(model, "calibrate")
+    def __init__(self, model, windows, batch=4, tracks=1, where="calibrate"):
+        self.model, (self.stack, self.blocks) = model, block_stack(model, where)
         self.ids, self.tracks = windows.split(batch), tracks
         self.states = [[None] * tracks for _ in self.ids]  # (batch, context, width) each; None before the first block
         self.tuples = {}  # what a block returns behind its hidden state, by block
@@ -40,7 +41,7 @@ class Walk:
         names: modules outside the blocks that must be run, such as the head
         """
         for at, ids in enumerate(self.ids):
-            with self._covered(at, number, visit), eval_mode(self.model), torch.no_grad():
+            with covered(self._covers(at, number, visit)), eval_mode(self.model), torch.no_grad():
                 self._call(ids, names)
 
     def keep(self, at, track, state):
@@ -53,55 +54,36 @@ class Walk:
         with suppress(_Arrived):
             runner(self.model, names, cache=False)(ids.to(device))
 
-    @contextmanager
-    def _covered(self, at, number, visit):
+    def _covers(self, at, number, visit):
         """Blocks before `number` give back what stands for them, block `number` calls `visit` and ends the pass."""
-        covers = [(block, self._passing(at, k)) for k, block in enumerate(self.blocks[:number])]
+        covers = [(block, partial(self._pass, at, k)) for k, block in enumerate(self.blocks[:number])]
         if number < len(self.blocks):
-            covers.append((self.blocks[number], self._arriving(at, number, visit)))
-        before = [block.__dict__.get("forward") for block, _ in covers]
-        try:
-            for block, cover in covers:
-                block.forward = cover
-            yield
-        finally:
-            for (block, _), forward in zip(covers, before):
-                block.__dict__.pop("forward", None)
-                if forward is not None:
-                    block.forward = forward
+            block = self.blocks[number]
+            own = block.__dict__.get("forward", block.forward)
+            covers.append((block, partial(self._arrive, at, number, own, visit)))
+        return covers
 
-    def _passing(self, at, number):
+    def _pass(self, at, number, *args, **kwargs):
+        """In place of a block that is behind us: nothing is computed."""
         last = number == len(self.blocks) - 1
+        state = self.states[at][-1] if last else _given(args, kwargs)
+        rest = self.tuples[number]
+        return state if rest is None else (state, *rest)
 
-        def cover(*args, **kwargs):
-            state = self.states[at][-1] if last else _given(args, kwargs)
-            rest = self.tuples[number]
-            return state if rest is None else (state, *rest)
+    def _arrive(self, at, number, own, visit, *args, **kwargs):
+        """In place of the block that is wanted: lets `visit` run it, and ends the pass."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in CACHES}
+        visit(at, partial(self._run, at, number, own, args, kwargs))
+        raise _Arrived
 
-        return cover
-
-    def _arriving(self, at, number, visit):
-        block = self.blocks[number]
-        plain = block.__dict__.get("forward", block.forward)
-
-        def cover(*args, **kwargs):
-            kwargs = {name: value for name, value in kwargs.items() if name not in CACHES}
-
-            def run(track=0, other=None):
-                state = self.states[at][track]
-                state = _given(args, kwargs) if state is None else state
-                call = plain if other is None or other is block else other  # the block itself is covered
-                if args:
-                    found = call(state, *args[1:], **kwargs)
-                else:
-                    found = call(**kwargs | {"hidden_states": state})
-                self.tuples[number] = None if isinstance(found, torch.Tensor) else (None,) * (len(found) - 1)
-                return found if isinstance(found, torch.Tensor) else found[0]
-
-            visit(at, run)
-            raise _Arrived
-
-        return cover
+    def _run(self, at, number, own, args, kwargs, track=0, other=None):
+        """The new state of a track, by the block itself or by `other`."""
+        call = own if other is None or other is self.blocks[number] else other  # the block itself is covered
+        state = self.states[at][track]
+        state = _given(args, kwargs) if state is None else state
+        found = call(state, *args[1:], **kwargs) if args else call(**kwargs | {"hidden_states": state})
+        self.tuples[number] = None if isinstance(found, torch.Tensor) else (None,) * (len(found) - 1)
+        return found if isinstance(found, torch.Tensor) else found[0]
 
 
 def _given(args, kwargs):

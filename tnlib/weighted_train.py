@@ -91,33 +91,28 @@ class _Coordinates:
 
     def __init__(self, weight, metric, out_modes, in_modes):
         self.outs, self.ins = tuple(out_modes), tuple(in_modes)
-        self.live = len(weight)  # rows that count; what the modes have beyond is padding
+        self.live, pad = len(weight), math.prod(self.outs) - len(weight)  # rows that count, and rows of padding behind them
         self.into, self.over = ([_eye(n, weight) for n in modes] for modes in (self.ins, self.outs))
         if metric.second is not None:
             self.into = mode_roots(metric.second, self.ins)
-        if metric.outputs is not None and math.prod(self.outs) == self.live:
+        turned = metric.outputs is not None and metric.rows is None and not pad  # else rows stay as they are
+        if turned:
             self.over = mode_roots(metric.outputs, self.outs)
         self.out_of, self.down = inverses(self.into), inverses(self.over)
-        plain = metric.second is None
-        second = None if plain else both_sides(metric.second, [tool.T for tool in self.out_of])
-        outputs = None if metric.outputs is None else both_sides(metric.outputs, [tool.T for tool in self.down])
-        rows = metric.rows
-        self.metric = Metric(second, rows if plain else None, outputs)
-        self.rows = None if plain else rows  # look-ups beside inputs: their norm is another one in these coordinates
-        self.unmixed = (
-            None if self.rows is None else both_sides(_eye(weight.shape[1], weight), [tool.T for tool in self.out_of])
-        )
-        pad = math.prod(self.outs) - self.live
-        inside = (
-            through(through(weight, self.into).T.contiguous(), self.over).T if not pad else through(weight, self.into)
-        )
+        second = None if metric.second is None else both_sides(metric.second, [tool.T for tool in self.out_of])
+        outputs = both_sides(metric.outputs, [tool.T for tool in self.down]) if turned else metric.outputs
+        self.metric = Metric(second, outputs=outputs)
+        self.rows = metric.rows  # look-ups: the plain norm of a row is another one in these coordinates
+        self.unmixed = None if self.rows is None else both_sides(_eye(weight.shape[1], weight), [tool.T for tool in self.out_of])
+        inside = through(weight, self.into)
+        if turned:
+            inside = through(inside.T.contiguous(), self.over).T
         self.weight = torch.nn.functional.pad(inside, (0, 0, 0, pad)).contiguous()
-        self.total = float((self.weight * self.times(self.weight)).sum())
 
     def times(self, difference):
         """Half the gradient of the squared error at a difference (padded out, in)."""
         live = difference[: self.live]
-        found = self.metric.times(live)
+        found = self.metric.times(live)  # 0 for look-ups alone
         if self.rows is not None:
             found = found + self.rows[:, None] * (live @ self.unmixed)
         return torch.nn.functional.pad(found, (0, 0, 0, len(difference) - self.live))
