@@ -219,7 +219,7 @@ def _pieces(*tensors):
 
 
 def _in_pieces(x):
-    return len(x) == 1 and x.device.type == "cpu"
+    return len(x) == 1 and x.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph serves all sizes
 
 
 class FakeQuantize(nn.Module):
