@@ -32,7 +32,7 @@ def look_up(ids, tables):
         shared, own = tables
         return F.embedding(ids, own.entries) @ shared.entries.view(shared.size[2], shared.size[3]).t()
     count = ids.shape[0]  # len() would be a constant of an exported graph
-    below, row = math.prod(table.size[1] for table in tables), None
+    below, row = math.prod([table.size[1] for table in tables]), None
     for at, (entries, (r, o, i, s)) in enumerate(tables):
         below //= o
         digit = ids // below if below > 1 else ids
