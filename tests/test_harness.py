@@ -1,6 +1,8 @@
 """harness(): scores of a model whose answers are known, from tasks in a folder; without the extra, what to install."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from tnlib.harness import TASKS, harness
 from tnlib.low_rank import LowRank
 from tnlib.recipe import Recipe, Rule
-from tnlib.surgery import factorize_
+from tnlib.surgery import densify_, factorize_
 
 WORDS = ["<end>", "sky", "grass", "is", "blue", "green", "red", "?"]
 TASK = """
@@ -97,6 +99,22 @@ def test_a_factorized_embedding_scores_as_the_dense_one(folder, tokenizer, alway
     dense = harness(always_blue, tokenizer, ["colors_b"], folder=folder)
     factorize_(always_blue, Recipe(name="t", rules=(Rule(where="transformer.wte", form=LowRank(rank=8)),)))
     assert harness(always_blue, tokenizer, ["colors_b"], folder=folder) == dense
+
+
+def test_the_command_line_scores_a_folder_as_the_function_does_its_model(folder, tokenizer, always_blue):
+    """In a process of its own, offline, as README says it: lm-eval's command with tnlib imported first."""
+    factorize_(always_blue, Recipe(name="t", rules=(Rule(where="transformer.h.*.mlp.c_fc", form=LowRank(rank=4)),)))
+    expected = harness(always_blue, tokenizer, ["colors_b"], folder=folder)["colors_b"]
+    densify_(always_blue)
+    always_blue.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    asked = f"run --model hf --model_args pretrained={folder / 'model'} --tasks colors_b --include_path {folder} --device cpu --output_path {folder / 'out'}"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "tnlib.harness", *asked.split()], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [written] = (folder / "out").rglob("results_*.json")
+    scores = json.loads(written.read_text())["results"]["colors_b"]
+    assert scores["acc,none"] == pytest.approx(expected.value)
 
 
 def test_the_papers_tasks_are_known_to_the_harness():
