@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from tnlib import choose, machine
+from tnlib.depth import block_stack
 from tnlib.factorized import materialize_
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedLinear
@@ -49,7 +50,7 @@ def ids(size, seed=0):
 
 
 def mixed(family):
-    """A tiny float32 model with every form, a factorized embedding and its head; of GPT-2 also q, k, v, three in one layer."""
+    """A model with every form, a factorized embedding and its head; of GPT-2 also q, k, v, three in one layer."""
     blocks, table = {"llama": ("model.layers.", "model.embed_tokens"), "gpt2": ("transformer.h.", "transformer.wte")}[family]
     rules = [Rule(where=blocks + where, form=form) for where, form in MIXED[family].items()]
     if family == "gpt2":
@@ -58,7 +59,10 @@ def mixed(family):
 
 
 def compressed(family, *rules):
+    """A tiny float32 model of one block: what a graph makes of two is the same, and takes twice as long."""
     model = tiny(family, torch.float32)
+    del block_stack(model, "test")[1][1]
+    model.config.num_hidden_layers = 1
     if rules:
         factorize_(model, Recipe(name="t", rules=rules))
     model.config.use_cache = False
@@ -178,7 +182,7 @@ def test_compiled_training_has_the_gradients_of_eager():
         run(input_ids=ids((2, 9)), labels=ids((2, 9))).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     eager, graph = found
-    assert len(eager) > 20
+    assert len(eager) > 15
     assert set(graph) == set(eager)
     assert all(torch.allclose(graph[name], eager[name], rtol=1e-6, atol=1e-9) for name in eager)
 
