@@ -1,7 +1,9 @@
 """harness(): scores of a model whose answers are known, from tasks in a folder; without the extra, what to install."""
 
+import importlib
 import json
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tnlib.harness import TASKS, harness
+from tnlib.harness import TASKS, harness, main
 from tnlib.low_rank import LowRank
 from tnlib.recipe import Recipe, Rule
 from tnlib.surgery import factorize_
@@ -99,6 +101,19 @@ def test_a_factorized_embedding_scores_as_the_dense_one(folder, tokenizer, alway
     assert harness(always_blue, tokenizer, ["colors_b"], folder=folder) == dense
 
 
+def test_the_command_line_is_lm_evals_own_and_scores_as_the_function(folder, tokenizer, always_blue, monkeypatch):
+    expected = harness(always_blue, tokenizer, ["colors_b"], folder=folder)["colors_b"]
+    always_blue.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    asked = f"run --model hf --model_args pretrained={folder / 'model'} --tasks colors_b --include_path {folder} --device cpu --output_path {folder / 'out'}"
+    manager = importlib.import_module("lm_eval.tasks").TaskManager
+    monkeypatch.setattr(manager, "__init__", partialmethod(manager.__init__, include_defaults=False))  # which take a minute to read
+    monkeypatch.setattr(sys, "argv", ["lm-eval", *asked.split()])
+    assert main() == 0
+    [written] = (folder / "out").rglob("results_*.json")
+    assert json.loads(written.read_text())["results"]["colors_b"]["acc,none"] == pytest.approx(expected.value)
+
+
 def test_the_papers_tasks_are_known_to_the_harness():
     """Looked up in their own folders: reading all tasks takes the better part of a minute."""
     tasks = Path(pytest.importorskip("lm_eval").__file__).parent / "tasks"
@@ -118,3 +133,9 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match=r"lm_eval cannot be imported.*pip install 'tnlib\[eval\]'"):
         harness(None, None)
+
+
+def test_without_the_extra_the_command_says_so_too(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert main() == 1
+    assert "pip install 'tnlib[eval]'" in capsys.readouterr().err

@@ -30,7 +30,7 @@ RUNGS = [
     ["objective", "hand_rules", "build"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "streamed", "hybrid_tt"],
+    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "peft_lora", "proxies", "streamed", "hybrid_tt"],
     ["stages", "stream"],
     ["presets", "report"],
     ["job"],

@@ -41,6 +41,7 @@ _PUBLIC = {
     "quantize": ["fake_quantize_", "quantize_"],
     "quantized_size": ["quantized_size"],
     "torchao_kernels": ["use_torchao_"],
+    "peft_lora": ["register_peft_"],
     "triton_kernels": ["kronecker_linear", "low_rank_linear", "use_triton_"],
     "resume": ["load_weights_", "save_weights"],
     "moments": ["Moments", "second_moments"],

@@ -80,8 +80,11 @@ class Applied:
 
     def rows(self, ids, factors, shape, plan=None, kept=None, room=None):
         """Rows `ids` (tokens,) of the weight, without building it: (tokens, in). plan, kept, room: as in `forward`."""
+        if torch.compiler.is_compiling():  # a graph knows no prices
+            groups = next(groups for name, groups in self.row_groups(shape) if plan in (None, name))
+            return look_up(ids, tables(self.paired(factors), groups))
         every = row_plans_of(self, shape, TRACED_TOKENS)
-        if plan is not None or len(every) == 1 or torch.compiler.is_compiling() or ids.device.type == "meta":
+        if plan is not None or len(every) == 1 or ids.device.type == "meta":
             chosen = next(found for found in every if plan in (None, found.name))
         else:
             chosen = self._choose_rows(ids, factors, shape, room)

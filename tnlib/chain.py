@@ -96,20 +96,19 @@ def run(x, chain, bias=None, between=None):
     if len(chain.links) == 1:
         return F.linear(x, chain.matrices[0], bias)
     x = x.contiguous()
-    if torch.compiler.is_compiling():
-        return _plain(x, chain, bias)
+    through = _plain if torch.compiler.is_compiling() else _recorded
     if between is None:
-        return _recorded(x, chain, bias)
+        return through(x, chain, bias)
     count = 0
     for link, sizes in zip(chain.links, itertools.pairwise(chain.sizes)):
-        x = _recorded(x, Chain([link], sizes))  # (tokens, size)
+        x = through(x, Chain([link], sizes))  # (tokens, size)
         if not isinstance(link, Turn):
             count += 1
             x = between(x, count - 1) if count < len(chain.matrices) else x
     return x if bias is None else x + bias
 
 
-def _plain(x, chain, bias):
+def _plain(x, chain, bias=None):
     """By torch's own operations and their own gradients."""
     for link in chain.links:
         x = apply_link(link, x, plain=True)

@@ -1,6 +1,11 @@
-"""The benchmarks of CompactifAI's tables through EleutherAI's lm-evaluation-harness, an optional extra."""
+"""The benchmarks of CompactifAI's tables through EleutherAI's lm-evaluation-harness, an optional extra.
+
+`python -m tnlib.harness run --model hf --model_args pretrained=FOLDER --tasks hellaswag` is lm-eval's own command line, with all of
+its options, in a process that has imported tnlib: so transformers can load what tnlib has compressed. harness() takes any model.
+"""
 
 import functools
+import sys
 from dataclasses import dataclass
 
 from tnlib.modes import eval_mode
@@ -70,10 +75,12 @@ def _harness(folder):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(
-            f"harness: lm_eval cannot be imported ({error}); needed the optional extra. Run: pip install 'tnlib[eval]'"
-        ) from None
+        raise ImportError(_missing(error)) from None
     return lm_eval, HFLM, _published() if folder is None else TaskManager(include_path=folder, include_defaults=False)
+
+
+def _missing(error):
+    return f"harness: lm_eval cannot be imported ({error}); needed the optional extra. Run: pip install 'tnlib[eval]'"
 
 
 @functools.cache
@@ -106,3 +113,18 @@ def _leaves(groups, task):
         yield task
     for part in groups.get(task, ()):
         yield from _leaves(groups, part)
+
+
+def main():
+    """lm_eval's command line. Returns: 0; 1 where the extra is missing"""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        print(f"error: {_missing(error)}", file=sys.stderr)
+        return 1
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -128,7 +128,8 @@ class FactorizedEmbedding(Factorized):
                 f"FactorizedEmbedding: got ids {ends[0]}..{ends[1]}; needed 0..{self.shape[0] - 1}."
             )
         operands = self.operands
-        rows = self.form.rows(flat, operands, self.shape, self.plan, self.kept, self.room(operands))  # (tokens, dim)
+        room = None if torch.compiler.is_compiling() else self.room(operands)
+        rows = self.form.rows(flat, operands, self.shape, self.plan, self.kept, room)  # (tokens, dim)
         return rows.reshape(*ids.shape, self.shape[1])
 
 

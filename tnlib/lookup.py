@@ -31,15 +31,16 @@ def look_up(ids, tables):
     if len(tables) == 2 and tables[0].size[1] == tables[1].size[2] == 1:  # low rank: all rows share the first core
         shared, own = tables
         return F.embedding(ids, own.entries) @ shared.entries.view(shared.size[2], shared.size[3]).t()
-    below, row = math.prod(table.size[1] for table in tables), None
+    count = ids.shape[0]  # len() would be a constant of an exported graph
+    below, row = math.prod([table.size[1] for table in tables]), None
     for at, (entries, (r, o, i, s)) in enumerate(tables):
         below //= o
         digit = ids // below if below > 1 else ids
         digit = digit % o if at else digit
-        piece = F.embedding(digit, entries).view(len(ids), r, i * s)
+        piece = F.embedding(digit, entries).view(count, r, i * s)
         row = piece if row is None else row @ piece
-        row = row.reshape(len(ids), -1, s)  # (tokens, inputs done, s)
-    return row.reshape(len(ids), -1)
+        row = row.reshape(count, -1, s)  # (tokens, inputs done, s)
+    return row.reshape(count, -1)
 
 
 @lru_cache(maxsize=4096)

@@ -35,6 +35,8 @@ def unpack(packed, bits, count=None):
     each = 8 // bits
     if each == 1:
         return packed if count is None else packed[..., :count]
+    if torch.compiler.is_exporting():
+        packed = packed.int()  # the shift of bytes that ONNX gets from torch gives signed ones
     mask = 2**bits - 1
     codes = torch.stack([(packed >> (bits * k)) & mask for k in range(each)], -1).flatten(-2)
     return codes if count is None else codes[..., :count]

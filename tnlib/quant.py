@@ -198,6 +198,14 @@ class _StraightThrough(torch.autograd.Function):
         return to_x, to_scale, None, None, None, None
 
 
+def _traced(x, learned, scale, low, steps, gain):
+    """_StraightThrough by operations that a compiled or exported graph may hold, for any number of blocks; the same numbers."""
+    size = learned.abs()
+    scale = scale + gain * (size - size.detach())  # which brings its gradient and no change
+    seen = (x / scale).clamp(low - EDGE, low + steps + EDGE)
+    return (seen + (seen.round() - seen).detach()) * scale
+
+
 def _pass_inside(slope, x, scale, low, steps, out):
     """Into `out`: `slope` where low <= x/scale <= low + steps, 0 elsewhere."""
     if _in_pieces(x):  # bounds of x itself spare two passes; elsewhere they would stop an accelerator's queue
@@ -262,7 +270,8 @@ class FakeQuantize(nn.Module):
         """x through the grid, same shape and dtype."""
         rows = blocks(wide(x), self.quantize.scales)  # (blocks, numbers)
         gain = 1 / math.sqrt(rows.shape[1] * (2 ** (self.bits - 1) - 1)) if self.quantize.learn == "lsq" else 1.0
-        seen = _StraightThrough.apply(rows, self.scale, *self.grid(rows), 2**self.bits - 1, gain)
+        through = _traced if torch.compiler.is_compiling() else _StraightThrough.apply
+        seen = through(rows, self.scale, *self.grid(rows), 2**self.bits - 1, gain)
         return unblocks(seen, x.shape, self.quantize.scales).to(x.dtype)
 
     def extra_repr(self):
