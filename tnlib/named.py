@@ -1,0 +1,74 @@
+"""What a command line names: a RECIPE, a MODEL's shapes."""
+
+import difflib
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+from tnlib.families import FAMILIES
+from tnlib.papers import papers, skeleton
+from tnlib.recipe import Recipe, RecipeError, model_type
+from tnlib.streamed import skeleton_of
+
+AMOUNTS = ("rank", "terms", "ranks", "max_rank")  # fields of forms that `kept` stands in place of
+
+
+def named_recipe(text, model, name, kept=None):
+    """The Recipe that `text` names, for a model.
+
+    text: a key of papers, or the path of a JSON file as Recipe.to_dict gives it
+    model: whom it is for; name: how that was called. A paper's recipe is scaled to any model but its own base
+    kept: the share of its matrix's numbers that every form gets in place of its ranks; None: as the recipe says
+    Raises: RecipeError for a name or file that there is not, or that is none
+    Exact: a recipe written as JSON and named by its file is the recipe.
+    """
+    recipe = _read(text)
+    if kept is not None:
+        given = replace(recipe, rules=_rekept(recipe.rules, kept), stages=tuple(_rekept(s, kept) for s in recipe.stages))
+        recipe = replace(given, name=f"{recipe.name}, kept {kept:g}")
+    if recipe.base and recipe.base != name and model_type(model) in FAMILIES:
+        recipe = recipe.scaled_to(model)
+    return recipe
+
+
+def _read(text):
+    if text in papers:
+        return papers[text]
+    path = Path(text)
+    if not path.is_file():
+        near = difflib.get_close_matches(text, papers, n=1)
+        raise RecipeError(
+            f"recipe {text!r}: neither a paper's nor a file.{f' Did you mean {near[0]!r}?' if near else ''}\n"
+            f"  There is: {', '.join(papers)}. Or write one: tnlib recipes NAME --json > mine.json"
+        )
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"recipe {path}: got {error}; needed JSON, as tnlib recipes NAME --json prints it.") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"recipe {path}: got a {type(data).__name__}; needed an object, as tnlib recipes NAME --json prints it.")
+    return Recipe.from_dict(data)
+
+
+def _rekept(rules, kept):
+    """The rules with every form's amount given as `kept`."""
+
+    def amounts(form):
+        return {field.name: None for field in fields(form) if field.name in AMOUNTS} | {"kept": kept}
+
+    return tuple(replace(rule, form=replace(rule.form, **amounts(rule.form))) for rule in rules)
+
+
+def model_skeleton(name):
+    """The model's shapes on the meta device: of a folder, a base of the papers, or else of the hub; no weights are read.
+
+    Raises: OSError where it is none of these, or the hub is not reached
+    """
+    from tnlib.assets import ASSETS, fetch
+
+    if Path(name).is_dir():
+        return skeleton_of(Path(name))
+    try:
+        return skeleton(name)
+    except RecipeError:
+        return skeleton_of(fetch(name) if name in ASSETS else name)
