@@ -34,7 +34,8 @@ class Lazy(click.Group):
         """The command; None for a name that there is not."""
         if name not in COMMANDS:
             return None
-        return getattr(importlib.import_module(f"tnlib.{COMMANDS[name][0]}"), name)
+        module = importlib.import_module(f"tnlib.{COMMANDS[name][0]}")
+        return getattr(module, "evaluate" if name == "eval" else name)
 
     def format_commands(self, ctx, formatter):
         """The list in --help, from COMMANDS alone."""

@@ -51,7 +51,7 @@ def plan(model, recipe, kept, tokens):
     if recipe is None:
         return _inside(model)
     skeleton = model_skeleton(model)
-    found = predict(skeleton, named_recipe(recipe, skeleton, model, kept), tokens)
+    found = predict(skeleton, named_recipe(recipe, skeleton, kept), tokens)
     data = {"recipe": found.recipe, "model": model, "dense_total": found.dense_total, "total": found.total, "kept": found.kept}
     data |= {"compression": found.compression, "dense_flops": found.dense_flops, "flops": found.flops, "tokens": tokens}
     data |= {"megabytes": found.megabytes(), "positions": found.positions, "index_bytes": found.index_bytes}
@@ -68,8 +68,12 @@ def _inside(folder):
         raise click.UsageError(f"{folder} is not a compressed folder; --recipe says what to do to it.")
     model = open_model(folder)
     rows, total = report(model), size(model)
-    lines = [f"  {row['module']}  {row['form']}  {row['params']:,}  error {row['error']:.4g}" for row in rows]
+    lines = [f"  {row['module']}  {row['form']}  {row['params']:,}  error {_short(row['error'])}" for row in rows]
     return Answer({"size": total, "layers": rows}, "\n".join([f"{folder}: {len(rows)} layers", *lines, str(total)]))
+
+
+def _short(error):
+    return "unknown" if error is None else f"{error:.4g}"
 
 
 @click.command()

@@ -105,6 +105,13 @@ def plain(value):
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+def device_of(named):
+    """The device that an option names; by default the GPU where there is one."""
+    import torch
+
+    return named or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def say(line):
     """A line of progress, on standard error."""
     click.echo(line, err=True)
@@ -124,12 +131,14 @@ class Lines:
     """Standard error for a log: what a bar would write over itself is written every SAY_EVERY seconds, without the bar."""
 
     def __init__(self, to):
-        self.to, self.said = to, time.monotonic()
+        self.to, self.said, self.bar = to, time.monotonic(), False
 
     def write(self, text):
         """Write text; of a bar's refreshes, which begin with a carriage return, only those that are due."""
         if not text.startswith("\r"):
-            return self.to.write("" if text.isspace() and "\n" not in text else text)
+            ends, self.bar = self.bar and text == "\n", False  # a bar's own end of line
+            return 0 if ends or not text else self.to.write(text)
+        self.bar = True
         line, over = re.sub(r"\|.*?\| ?", " ", text.strip("\r\n ")), re.search(r"\b(\d+)/\1\b", text)
         if line and (over or time.monotonic() - self.said > SAY_EVERY):
             self.said = time.monotonic()

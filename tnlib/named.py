@@ -7,17 +7,19 @@ from pathlib import Path
 
 from tnlib.families import FAMILIES
 from tnlib.papers import papers, skeleton
+from tnlib.plan import plan
 from tnlib.recipe import Recipe, RecipeError, model_type
+from tnlib.shapes import ShapeError
 from tnlib.streamed import skeleton_of
 
 AMOUNTS = ("rank", "terms", "ranks", "max_rank")  # fields of forms that `kept` stands in place of
 
 
-def named_recipe(text, model, name, kept=None):
+def named_recipe(text, model, kept=None):
     """The Recipe that `text` names, for a model.
 
     text: a key of papers, or the path of a JSON file as Recipe.to_dict gives it
-    model: whom it is for; name: how that was called. A paper's recipe is scaled to any model but its own base
+    model: whom it is for. A recipe with a base, where it does not fit as it is printed, is scaled to the model
     kept: the share of its matrix's numbers that every form gets in place of its ranks; None: as the recipe says
     Raises: RecipeError for a name or file that there is not, or that is none
     Exact: a recipe written as JSON and named by its file is the recipe.
@@ -26,8 +28,11 @@ def named_recipe(text, model, name, kept=None):
     if kept is not None:
         given = replace(recipe, rules=_rekept(recipe.rules, kept), stages=tuple(_rekept(s, kept) for s in recipe.stages))
         recipe = replace(given, name=f"{recipe.name}, kept {kept:g}")
-    if recipe.base and recipe.base != name and model_type(model) in FAMILIES:
-        recipe = recipe.scaled_to(model)
+    try:
+        plan(model, recipe)
+    except (RecipeError, ShapeError):
+        if recipe.base and model_type(model) in FAMILIES:
+            return recipe.scaled_to(model)
     return recipe
 
 

@@ -4,10 +4,76 @@ import json
 import shutil
 from pathlib import Path
 
-from tnlib.assets import load_model, load_tokenizer
+import torch
+
+from tnlib.assets import load_model
 from tnlib.quant import Quantize
 from tnlib.quantize import quantize_
+from tnlib.recipe import Recipe
 from tnlib.records import write_atomic
 from tnlib.resume import load_weights_, save_weights
+from tnlib.stream import BESIDE
 from tnlib.streamed import FACTS, load_factorized, skeleton_of
 from tnlib.surgery import factorize_
+
+
+def compressed(name):
+    """Whether `name` is a folder that a compressed model was written to."""
+    return (Path(name) / FACTS).is_file()
+
+
+def facts_of(folder):
+    """What a compressed folder says of itself: recipe, seed, source, errors."""
+    return json.loads((Path(folder) / FACTS).read_text("utf-8"))
+
+
+def open_model(name, device=None):
+    """The model in a folder, compressed or dense, or of an asset's or hub name; in eval mode, ready to run.
+
+    device: None leaves it on the CPU
+    Raises: ValueError for a compressed folder whose tensors do not fit its recipe; AssetError as load_model
+    Exact: a model that keep_model wrote has the same tensors again, bit for bit.
+    """
+    if not compressed(name):
+        return load_model(str(name), device=device)
+    facts = facts_of(name)
+    model = _quantized(name, facts) if facts.get("quantize") else load_factorized(name)
+    return model if device is None else model.to(device)
+
+
+def keep_model(model, source, out, **more):
+    """Write a model that was made from the compressed folder `source` to folder `out`, for open_model; returns None.
+
+    more: facts to add, such as quantize=[…]; the file with the facts comes last, so that half a folder is none
+    """
+    source, out = Path(source), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    save_weights(model, out / "model.safetensors")
+    for path in source.iterdir():
+        if path.suffix in BESIDE and path.name != FACTS and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+    write_atomic(out / FACTS, json.dumps(facts_of(source) | more, indent=1))
+
+
+def bytes_of(name):
+    """Bytes of a folder's weights on disk; None where `name` is no folder."""
+    files = list(Path(name).glob("*.safetensors"))
+    return sum(path.stat().st_size for path in files) if files else None
+
+
+def _quantized(folder, facts):
+    """The structure again, quantized from any numbers, then the stored ones in their place."""
+    model, real = skeleton_of(folder), {}
+    factorize_(model, Recipe.from_dict(facts["recipe"]), progress=False)
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    one = torch.ones(tensor.shape, dtype=tensor.dtype)
+                    held[name] = real.setdefault(id(tensor), torch.nn.Parameter(one) if held is module._parameters else one)
+    for quantize in facts["quantize"]:
+        quantize_(model, Quantize(**quantize))
+    load_weights_(model, Path(folder) / "model.safetensors")
+    for name, error in facts["errors"].items():
+        model.get_submodule(name).error = error
+    return model

@@ -1,0 +1,141 @@
+"""The commands that write models: compress, heal."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import click
+
+from tnlib.console import Answer, command, device_of, say
+
+GROUP = 64  # numbers that share a scale, as in notebook 20's 4-bit rows
+
+
+@click.command()
+@click.argument("model")
+@click.option("--recipe", required=True, metavar="RECIPE", help="A name (tnlib recipes) or a JSON file.")
+@click.option("--out", required=True, metavar="DIR", help="A new folder; what is not finished is in DIR.part.")
+@click.option("--kept", type=float, metavar="SHARE", help="Give every form this share of its matrix's numbers, such as 0.5.")
+@click.option("--calibrate", metavar="TEXT", help="Fit to what this text sends into the matrices: a data set, a file or a folder.")
+@click.option("--tokens", default=32768, show_default=True, help="Tokens of that text.")
+@click.option("--context", default=512, show_default=True, help="Tokens in a window of it.")
+@click.option("--quantize", "bits", type=click.Choice(["8", "4"]), help="Then store factors and dense matrices in so many bits.")
+@click.option("--seed", default=0, show_default=True, help="Of random initializations.")
+@click.option("--shard-mb", default=256, show_default=True, help="Megabytes of a shard, which is what a killed call loses.")
+@command(resumes=True)
+def compress(model, recipe, out, kept, calibrate, tokens, context, bits, seed, shard_mb):
+    """Factorize the checkpoint MODEL by RECIPE into a folder, one matrix at a time.
+
+    The model need not fit into memory, except for --calibrate and --quantize. A killed call goes on where it was. Moments of
+    --calibrate stay in DIR.calibration, which may be deleted.
+    """
+    from tnlib.assets import fetch
+    from tnlib.named import named_recipe
+    from tnlib.plan import plan
+    from tnlib.saved import bytes_of, compressed, facts_of
+    from tnlib.stream import factorize_folder
+    from tnlib.streamed import skeleton_of
+
+    source, out = fetch(model), Path(out)
+    if compressed(source):
+        raise ValueError(f"compress: {model} is compressed already; needed a dense checkpoint. Name the one that it was made from.")
+    skeleton = skeleton_of(source)
+    chosen = named_recipe(recipe, skeleton, kept)
+    predicted = plan(skeleton, chosen)
+    say(str(predicted))
+    stats = _calibrated(source, chosen, calibrate, tokens, context, out) if calibrate else None
+    floats = out.with_name(f"{out.name}.float") if bits else out
+    how = {"seed": seed, "shard_mb": shard_mb}
+    if not (bits and compressed(out)):
+        factorize_folder(source, chosen, floats, stats, progress=True, **how)
+    if bits:
+        _quantized(floats, out, int(bits), chosen, seed)
+    errors = facts_of(out)["errors"]
+    size, mean = bytes_of(out), sum(errors.values()) / max(1, len(errors))
+    data = {"out": out, "recipe": chosen.to_dict(), "dense_total": predicted.dense_total, "total": predicted.total}
+    data |= {"kept": predicted.kept, "bytes": size, "mean_error": mean, "errors": errors, "bits": bits and int(bits)}
+    ended = f"{out}: {predicted.total:,} parameters, {size / 1e6:,.1f} MB on disk, mean relative error of {len(errors)} layers {mean:.4g}"
+    return Answer(data, ended)
+
+
+def _calibrated(source, recipe, text, tokens, context, out):
+    """Moments of what a text sends into the matrices that the recipe replaces; kept beside `out`."""
+    from tnlib.assets import load_model, load_tokenizer
+    from tnlib.calibrate import calibrate
+    from tnlib.token_file import load_windows
+
+    windows = load_windows(text, load_tokenizer(source), context, max_tokens=tokens)
+    say(f"calibrate on {windows.numel():,} tokens of {text}")
+    return calibrate(load_model(source), windows, recipe, out=f"{out}.calibration", progress=True)
+
+
+def _quantized(floats, out, bits, recipe, seed):
+    """Write `out`, the quantized model of the folder `floats`, which then goes; a finished one is looked at only."""
+    import shutil
+    from dataclasses import asdict
+
+    from tnlib.quant import Quantize, QuantizeError
+    from tnlib.quantize import quantize_
+    from tnlib.saved import compressed, facts_of, keep_model, open_model
+
+    if compressed(out):
+        there = facts_of(out)
+        widths = {grid["bits"] for grid in there.get("quantize", [])}
+        if (there["recipe"], there["seed"], widths) != (json.loads(json.dumps(recipe.to_dict())), seed, {bits}):
+            raise ValueError(f"compress: {out} is of another run; needed the same recipe, seed and bits. Choose another --out, or delete it.")
+        return
+    say(f"quantize to {bits} bits, one scale for {GROUP} numbers")
+    model, used = open_model(floats), []
+    for what in ("factors", "dense"):
+        grid = Quantize(bits=bits, what=what, when="after", scales=GROUP, start="mse", learn="frozen")
+        with contextlib.suppress(QuantizeError if used else ()):  # a recipe may have left no dense matrix
+            quantize_(model, grid)
+            used.append(asdict(grid))
+    keep_model(model, floats, out, quantize=used)
+    shutil.rmtree(floats)
+
+
+@click.command()
+@click.argument("folder", metavar="DIR")
+@click.option("--data", required=True, metavar="TEXT", help="To train on: a data set, a file or a folder.")
+@click.option("--steps", required=True, type=int, help="Optimizer steps.")
+@click.option("--out", required=True, metavar="DIR", help="A new folder for the healed model; checkpoints are in DIR/healing.")
+@click.option("--teacher", metavar="MODEL", help="The dense model, for losses that compare with it.")
+@click.option("--loss", "losses", nargs=2, multiple=True, metavar="NAME WEIGHT", help="As next_token 1 or logits 1.  [default: the recipe's, else next_token 1]")
+@click.option("--learning-rate", type=float, help="At its peak.  [default: the recipe's, else 0.0001]")
+@click.option("--train", metavar="WHICH", help="all, or factors, all else frozen.  [default: the recipe's, else all]")
+@click.option("--batch", default=4, show_default=True, help="Windows a step.")
+@click.option("--context", default=512, show_default=True, help="Tokens in a window.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="bf16: autocast.")
+@click.option("--save-every", default=100, show_default=True, help="Steps between checkpoints.")
+@click.option("--seed", default=0, show_default=True, help="Order of the data, and dropout.")
+@click.option("--device", metavar="NAME", help="Where to train.  [default: cuda where there is one, else cpu]")
+@command(resumes=True)
+def heal(folder, data, steps, out, teacher, losses, learning_rate, train, batch, context, precision, save_every, seed, device):
+    """Train the compressed model in DIR back, by its recipe's losses and rates or those given here.
+
+    A killed call goes on from its last checkpoint. On several GPUs call tn.heal under accelerate launch.
+    """
+    from tnlib.assets import load_tokenizer
+    from tnlib.heal import heal as train_back
+    from tnlib.saved import bytes_of, compressed, facts_of, keep_model, open_model
+    from tnlib.token_file import load_windows
+    from tnlib.treatment import Budget, Heal
+
+    if not compressed(folder) or facts_of(folder).get("quantize"):
+        raise ValueError(f"heal: {folder} is no folder of tnlib compress without --quantize; needed one. Compress first, quantize last.")
+    recipe = facts_of(folder)["recipe"].get("heal") or {}
+    own = {"losses": tuple((name, float(weight)) for name, weight in losses) or None, "learning_rate": learning_rate, "train": train}
+    how = Heal(**recipe | {key: value for key, value in own.items() if value is not None})
+    if how.needs_teacher and not teacher:
+        raise ValueError(f"heal: losses {', '.join(how.needs_teacher)} compare with a teacher. Give --teacher MODEL, or other --loss.")
+    device = device_of(device)
+    windows = load_windows(data, load_tokenizer(folder), context, max_tokens=steps * batch * context)
+    student, taught = open_model(folder, device), open_model(teacher, device) if teacher else None
+    budget = Budget(steps=steps, batch=batch, precision=precision, save_every=save_every)
+    say(f"heal on {windows.numel():,} tokens of {data}, {steps:,} steps of {batch} windows, on {device}")
+    history = train_back(student, taught, windows, how, budget, out=Path(out) / "healing", seed=seed, progress=True)
+    keep_model(student.cpu(), folder, out)
+    last = history.rows[-1]
+    ended = f"{out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s, loss {history.rows[0]['loss']:.4g} -> {last['loss']:.4g}"
+    return Answer({"out": out, "bytes": bytes_of(out), "heal": how, "budget": budget, "history": history.rows}, ended)
