@@ -10,7 +10,7 @@ import json
 import re
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def _run(points, settings, backend, places):
     threads = max(1, joblib.cpu_count() // max(1, settings["n_jobs"]))
     for _ in range(TRIES):
         todo = [replace(point.job, threads=threads) for point in left]
-        with _lost_workers(), joblib.parallel_config(**backend):
+        with suppress(*_lost_workers()), joblib.parallel_config(**backend):
             joblib.Parallel(**settings)(joblib.delayed(run_point)(job, places, call) for job in todo)
         left = [point for point in left if point.state.status in ("pending", "running")]
         if not left:
@@ -159,20 +159,13 @@ def _run(points, settings, backend, places):
         write_state(point.job.out, _lost(point.job))
 
 
-@contextmanager
 def _lost_workers():
-    """Go on where an engine gives up because of a worker that it lost; what is not done is seen from the states."""
-    lost = (BrokenProcessPool,)
+    """What an engine raises when it gives up because of a worker that it lost; what is not done is seen from the states."""
     try:
         from distributed.scheduler import KilledWorker
-
-        lost += (KilledWorker,)
     except ImportError:
-        pass
-    try:
-        yield
-    except lost:
-        pass
+        return (BrokenProcessPool,)
+    return BrokenProcessPool, KilledWorker
 
 
 def run_point(job, places, call):
