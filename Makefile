@@ -23,5 +23,5 @@ bench:  ## setup, then tnlib against its peers, hours; ARGS=--quick for minutes
 lab:  ## setup, then JupyterLab on the first notebook
 	$(PYTHON) ci/bootstrap.py lab $(ARGS)
 
-lock: setup  ## write constraints.txt anew
-	PATH="$(CURDIR)/.venv/bin:$$PATH" bash ci/lock.sh
+lock: setup  ## write constraints.txt anew; ARGS=--upgrade for the newest versions
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash ci/lock.sh $(ARGS)

@@ -251,9 +251,9 @@ def test_a_text_is_calibrated_in_parts_on_the_cluster(dask, tmp_path):
 
     wanted = recipe(LowRank(rank=2), "linear")
     with Client(dask) as client:
-        found = calibrate_parts(client, partial(tiny, "gpt2"), WINDOWS, wanted, tmp_path, parts=3)
+        found = calibrate_parts(client, partial(tiny, "gpt2"), WINDOWS, wanted, tmp_path, parts=2)
     assert same(found, calibrate(tiny("gpt2"), WINDOWS, wanted))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-000", "part-001", "part-002"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-000", "part-001"]
     assert found.tokens == WINDOWS.numel()
 
 

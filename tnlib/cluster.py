@@ -113,7 +113,8 @@ def slurm_cluster(path, gpu=False):
     more = [*profile.pop("worker_extra_args", []), *(["--resources", "GPU=1"] if gpu else [])]
     try:
         cluster = SLURMCluster(cores=1, processes=1, job_cpu=profile.pop("job_cpu", cpus), worker_extra_args=more, **profile)
-    except TypeError as error:  # an argument that it does not know
-        raise ValueError(f"profile {path}: {error}.\n  Needed: arguments of dask_jobqueue.SLURMCluster, and workers.") from None
+    except (TypeError, ValueError) as error:  # an argument that it does not know
+        said = str(error).splitlines()[0]
+        raise ValueError(f"profile {path}: {said}\n  Needed: arguments of dask_jobqueue.SLURMCluster, and workers.") from None
     cluster.scale(jobs=workers_of(path))
     return cluster

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import joblib
+import psutil
 from joblib.externals.loky.process_executor import BrokenProcessPool
 
 from tnlib.cluster import WorkerPlace, threads_by_host
@@ -73,7 +74,7 @@ def sweep(notebook, grid, preset="laptop", *, jobs=1, gpus=None, client=None, ti
             if todo:
                 _run(todo, *_engine(jobs, gpus, client))
         except BaseException:
-            _stop(out, todo)
+            _stop(out, todo, here=client is None)
             raise
         finally:
             monitor.finish()
@@ -151,12 +152,21 @@ def _run(points, settings, backend, places):
     for _ in range(TRIES):
         todo = [replace(point.job, threads=threads) for point in left]
         with suppress(*_lost_workers()), joblib.parallel_config(**backend):
+            if backend["backend"] == "dask":
+                _always_there()
             joblib.Parallel(**settings)(joblib.delayed(run_point)(job, places, call) for job in todo)
         left = [point for point in left if point.state.status in ("pending", "running")]
         if not left:
             return
     for point in left:
         write_state(point.job.out, _lost(point.job))
+
+
+def _always_there():
+    """joblib runs things in this process where it counts one worker only; a cluster's first worker is seldom its last."""
+    backend, _ = joblib.parallel.get_active_backend()
+    count = backend.effective_n_jobs
+    backend.effective_n_jobs = lambda n_jobs: max(2, count(n_jobs))
 
 
 def _lost_workers():
@@ -189,12 +199,18 @@ def _lost(job):
     return replace(read_state(job.out, job.name), status="failed", error="WorkerLost", message=message, parameters=job.parameters)
 
 
-def _stop(out, points):
-    """Ask all jobs to stop, wherever they run, wait until they have, and say so in the states of those that could not."""
+def _stop(out, points, here):
+    """Ask all jobs to stop, wherever they run, wait until they have, and say so in the states of those that could not.
+
+    here: whether they are this machine's, so that those whose process has gone need not be waited for
+    """
     write_atomic(out / "stop", "")
     STOP.set()
     deadline = time.monotonic() + GRACE
-    while any(point.state.status == "running" for point in points) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        running = [state for point in points if (state := point.state).status == "running"]
+        if not any(not here or (state.pid and psutil.pid_exists(state.pid)) for state in running):
+            break
         time.sleep(0.2)
     for point in points:
         if (state := read_state(point.job.out, point.job.name)).status == "running":
