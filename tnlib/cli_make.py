@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -72,9 +73,6 @@ def _calibrated(source, recipe, text, tokens, context, out):
 def _quantized(floats, out, bits, recipe, seed):
     """Write `out`, the quantized model of the folder `floats`, which then goes; a finished one is looked at only."""
     import shutil
-    from dataclasses import asdict
-
-    from tnlib.quant import Quantize, QuantizeError
     from tnlib.quantize import quantize_
     from tnlib.saved import compressed, facts_of, keep_model, open_model
 
@@ -84,15 +82,32 @@ def _quantized(floats, out, bits, recipe, seed):
         if (there["recipe"], there["seed"], widths) != (json.loads(json.dumps(recipe.to_dict())), seed, {bits}):
             raise ValueError(f"compress: {out} is of another run; needed the same recipe, seed and bits. Choose another --out, or delete it.")
         return
-    say(f"quantize to {bits} bits, one scale for {GROUP} numbers")
-    model, used = open_model(floats), []
+    say(f"quantize to {bits} bits")
+    model = open_model(floats)
+    grids = grids_for(model, bits)
+    for grid in grids:
+        quantize_(model, grid)
+    keep_model(model, floats, out, quantize=[asdict(grid) for grid in grids])
+    shutil.rmtree(floats)
+
+
+def grids_for(model, bits):
+    """The Quantize of factors and that of dense matrices, where a model has any: a scale for GROUP numbers or a channel."""
+    from torch import nn
+
+    from tnlib.layers import FactorizedEmbedding
+    from tnlib.quant import Quantize, QuantizeError
+    from tnlib.quantize import targets
+
+    grids = []
     for what in ("factors", "dense"):
         grid = Quantize(bits=bits, what=what, when="after", scales=GROUP, start="mse", learn="frozen")
-        with contextlib.suppress(QuantizeError if used else ()):  # a recipe may have left no dense matrix
-            quantize_(model, grid)
-            used.append(asdict(grid))
-    keep_model(model, floats, out, quantize=used)
-    shutil.rmtree(floats)
+        with contextlib.suppress(QuantizeError):  # no tensor of this kind
+            found = targets(model, grid)
+            tables = [one.original for one in found if isinstance(one.module, (nn.Embedding, FactorizedEmbedding))]
+            whole = all(table.shape[-1] % GROUP == 0 for table in tables)  # a row that is looked up begins with a scale
+            grids.append(grid if whole else replace(grid, scales="channel"))
+    return grids
 
 
 @click.command()
