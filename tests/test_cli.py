@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import tnlib.stream
 from tnlib import console
-from tnlib.cli import COMMANDS, group
+from tnlib.cli import COMMANDS, Lazy, group, main
 from tnlib.console import Lines
 from tnlib.evaluate import perplexity
+from tnlib.harness import Benchmark
 from tnlib.heal import heal
 from tnlib.low_rank import LowRank
 from tnlib.named import named_recipe
@@ -231,6 +232,28 @@ def test_each_way_of_ending_has_its_code_and_json_stays_json(kind, code, said):
     assert ("Traceback" in debug.stderr) == (kind in ("value", "os", "bug"))
 
 
+def test_main_returns_the_code_of_every_way_of_ending(monkeypatch, capsys):
+    assert main(["recipes"]) == 0
+    assert main(["--help"]) == 0
+    assert main(["recipes", "nope"]) == 2
+    assert main(["recipes", "--nope"]) == 2
+    assert "No such option" in capsys.readouterr().err
+    monkeypatch.setattr(Lazy, "get_command", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["recipes"]) == 130
+
+
+def test_a_reader_that_has_enough_is_no_traceback():
+    line = f"{sys.executable} -m tnlib recipes compactifai | head -c 1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "c"
+    assert "Traceback" not in done.stderr
+
+
+def test_run_lists_as_json():
+    rows = asked("run", "--list", "02")
+    assert [(row["name"], row["parameters"]["SCALE"]) for row in rows] == [("02_van_loan", "smoke")]
+
+
 def test_bars_are_plain_lines_in_a_log(monkeypatch):
     from tqdm import tqdm
 
@@ -393,9 +416,26 @@ def test_eval_says_what_perplexity_says(place):
     code, out, _ = tn(*line)
     assert code == 0
     assert re.search(r"perplexity [\d.]+ ± [\d.]+ \(\d+ tokens, context 32", out)
+
+
+def test_eval_asks_the_harness(place, monkeypatch):
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None)
     code, _, said = tn("eval", place / "small", "--tasks", "hellaswag")
-    if code:  # where the extra is not installed
-        assert "pip install 'tnlib[eval]'" in said
+    assert code == 1
+    assert "pip install 'tnlib[eval]'" in said
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: name)
+    given = []
+
+    def harness(model, tokenizer, tasks, **how):
+        given.append((tasks, how))
+        return {task: Benchmark(task=task, metric="acc,none", value=0.5, stderr=0.1, n=4, shots=2) for task in tasks}
+
+    monkeypatch.setattr(sys.modules[Benchmark.__module__], "harness", harness)
+    line = ["eval", place / "small", "--tasks", "boolq,mine", "--limit", 4, "--shots", 2, "--task-folder", place, "--batch", 3, "--device", "cpu"]
+    found = asked(*line)
+    assert found["tasks"]["mine"]["value"] == 0.5
+    assert given == [(["boolq", "mine"], {"limit": 4, "shots": 2, "batch": 3, "folder": str(place)})]
+    assert "boolq: 50.0 ± 10.0 %" in tn(*line)[1]
 
 
 def test_bench_times_in_turns_and_explains_each_kind_of_layer(place):

@@ -4,11 +4,14 @@
 """
 
 import importlib
+import os
 import signal
+import sys
 
 import click
 
 import tnlib
+from tnlib.console import DONE, FAILED, STOPPED
 
 COMMANDS = {  # name: (module that holds the command, its line in --help)
     "recipes": ("cli_look", "The papers' recipes, or one of them in full."),
@@ -57,6 +60,15 @@ def main(argv=None):
     """Run a command line; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: stop the children, leave the page in order
     try:
-        group.main(argv, prog_name="tnlib")
+        return group.main(argv, prog_name="tnlib", standalone_mode=False) or DONE
     except SystemExit as ended:
         return ended.code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return STOPPED
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more
+        return FAILED

@@ -73,6 +73,7 @@ def _calibrated(source, recipe, text, tokens, context, out):
 def _quantized(floats, out, bits, recipe, seed):
     """Write `out`, the quantized model of the folder `floats`, which then goes; a finished one is looked at only."""
     import shutil
+
     from tnlib.quantize import quantize_
     from tnlib.saved import compressed, facts_of, keep_model, open_model
 
