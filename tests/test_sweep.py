@@ -115,7 +115,7 @@ def test_a_stop_is_heeded_wherever_a_point_waits_or_runs(folder):
 def test_ctrl_c_leaves_no_process_and_the_table_says_what_was_interrupted(folder, engine, request):
     command = [sys.executable, "-m", "tnlib", "sweep", "20", "--preset", "tiny", "--folder", folder / "notebooks", "--out", folder / "out"]
     command += ["-p", "WIDTH", "6", "-p", "WAIT", "6"]
-    command += ["--scheduler", request.getfixturevalue("dask").scheduler_address] if engine == "cluster" else ["--jobs", "2"]
+    command += ["--scheduler", request.getfixturevalue("dask").scheduler_address, "--gpus", "all"] if engine == "cluster" else ["--jobs", "2"]
     runner = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(folder.glob("out/points/*/worker.txt")), 120)
     kernel = psutil.Process(json.loads(next(folder.glob("out/points/*/state/20_grid.json")).read_text())["pid"])
