@@ -23,7 +23,7 @@ from tnlib.evaluate import perplexity
 from tnlib.harness import Benchmark
 from tnlib.heal import heal
 from tnlib.low_rank import LowRank
-from tnlib.named import named_recipe
+from tnlib.named import BASES, named_recipe
 from tnlib.papers import papers, skeleton
 from tnlib.quant import Quantize
 from tnlib.quantize import quantize_
@@ -301,6 +301,14 @@ def test_plan_reads_no_weights(place, tmp_path):
     assert asked("plan", tmp_path, "--recipe", place / "mine.json", "--kept", "0.3")["kept"] < 0.3 < found["kept"]
     assert asked("plan", tmp_path, "--recipe", "krony-96m")["recipe"] == "krony-96m", "a paper's recipe is scaled to another model"
     assert {row["form"] for row in asked("plan", place / "small")["layers"]} == {"LowRank(rank=8)"}
+
+
+def test_bases_are_those_of_skeleton_and_other_names_are_asked_of_the_hub(monkeypatch):
+    assert all(sum(1 for _ in skeleton(name).parameters()) for name in BASES)
+    monkeypatch.setattr("tnlib.named.skeleton_of", lambda name: (_ for _ in ()).throw(OSError(f"no {name}\nlong story")))
+    code, _, said = tn("plan", "gpt3", "--recipe", "krony-81m")
+    assert code == 1
+    assert re.search("(?s)model 'gpt3': no folder, and the hub gave: no gpt3\n  Needed: .*distilgpt2.*minilm-l6", said)
 
 
 def test_a_recipe_named_by_its_file_is_the_recipe(tmp_path):

@@ -5,13 +5,16 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+from tnlib.assets import ASSETS, fetch
 from tnlib.families import FAMILIES
 from tnlib.papers import papers, skeleton
 from tnlib.plan import plan
 from tnlib.recipe import Recipe, RecipeError, model_type
 from tnlib.shapes import ShapeError
 from tnlib.streamed import skeleton_of
+from tnlib.wheel import AssetError
 
+BASES = ("gpt2", "gpt2-50k", "distilgpt2", "smollm2-135m", "bert-base-uncased", "meta-llama/Llama-2-7b-hf")  # of skeleton
 AMOUNTS = ("rank", "terms", "ranks", "max_rank")  # fields of forms that `kept` stands in place of
 
 
@@ -67,13 +70,16 @@ def _rekept(rules, kept):
 def model_skeleton(name):
     """The model's shapes on the meta device: of a folder, a base of the papers, or else of the hub; no weights are read.
 
-    Raises: OSError where it is none of these, or the hub is not reached
+    Raises: AssetError where it is none of these, or the hub is not reached
     """
-    from tnlib.assets import ASSETS, fetch
-
     if Path(name).is_dir():
         return skeleton_of(Path(name))
-    try:
+    if name in BASES:
         return skeleton(name)
-    except RecipeError:
+    try:
         return skeleton_of(fetch(name) if name in ASSETS else name)
+    except OSError as error:
+        raise AssetError(
+            f"model {name!r}: no folder, and the hub gave: {str(error).splitlines()[0]}\n"
+            f"  Needed: a folder, a hub name and a network that reaches it, or one of {', '.join((*BASES, *ASSETS))}"
+        ) from error
