@@ -9,8 +9,8 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects"],
-    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "generate", "speed", "hub", "harness", "readings_trains", "forest"],
+    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects", "registration"],
+    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "between", "generate", "speed", "hub", "harness", "readings_trains", "forest"],
     ["contract", "readings"],
     ["lookup", "machine", "evidence"],
     ["choose"],
@@ -25,12 +25,13 @@ RUNGS = [
     ["weighted"],
     ["factorized", "audit"],
     ["layers", "recipe"],
-    ["papers", "plan", "explore", "schedule", "layer_fit", "walk"],
-    ["fit_store", "profile", "prefix"],
+    ["papers", "plan", "explore", "schedule", "layer_fit", "walk", "layer_data"],
+    ["fit_store", "profile", "prefix", "native"],
     ["objective", "hand_rules", "build"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "streamed", "hybrid_tt"],
+    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "hybrid_tt", "on_load"],
+    ["checkpoint"],
     ["stages", "stream"],
     ["presets", "report"],
     ["job"],
