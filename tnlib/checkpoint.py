@@ -137,20 +137,19 @@ class TNQuantizer(HfQuantizer):
             recipe = Recipe.from_dict(self.quantization_config.recipe)
             self.on_load = FactorizeOnLoad(model, recipe, self.quantization_config.seed)
             return
-        names = rebuild(model, self.quantization_config)
+        names, twins = rebuild(model, self.quantization_config)
         for name in names:
             model.get_submodule(name).apply(_no_init)
         ignored = (rf"(^|\.){re.escape(name)}\.{GUARD}$" for name in (*names, *self.quantization_config.modules))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
-        self.twins = _tie_by_name(model)
-        self.hidden = model.register_state_dict_post_hook(partial(_hide, self.twins))
+        # The loader's own list of ties is for parameters only, and reads weights of layers that are half tied.
+        self.hidden = model.register_state_dict_post_hook(partial(_hide, twins))
+        model.tie_weights = partial(_tie_all, model, twins)  # called when all is read, before layers are spread over devices
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
             self.hidden.remove()
-            for name, first in self.twins.items():
-                share(model, name, first)
-            del self.hidden, self.twins
+            del self.hidden, model.tie_weights
         else:
             del self.on_load
             self.pre_quantized = True
@@ -174,10 +173,11 @@ def describe(model, config):
 
 
 def rebuild(model, config):
-    """Put the empty layers of a TNConfig into a dense model on the meta device, in place; returns their names there.
+    """Put the empty layers of a TNConfig into a dense model on the meta device, in place; nothing is tied yet.
 
     Names are taken with or without the base model's prefix; what this class of model does not have, as AutoModel has no
     head, is left out.
+    Returns: the layers' names there; {name: name of the same tensor or grid} of what is to be shared when it is filled
     Raises: ShapeError, naming the module, where the model has other sizes
     """
     found = {name: _name_in(model, name) for name in config.modules}
@@ -189,12 +189,16 @@ def rebuild(model, config):
             raise ShapeError(f"module {own}: {error}") from None
         if layer is not model.get_submodule(own):
             swap(model, own, layer)
-    for name, other in config.tied.items():
-        pair = [_name_in(model, part.rpartition(".")[0]) for part in (name, other)]
-        if None not in pair:
-            share(model, *(f"{own}.{part.rpartition('.')[2]}" for own, part in zip(pair, (name, other))))
     tell_ties(model)
-    return list(found.values())
+    pairs = ((_tensor_in(model, name), _tensor_in(model, other)) for name, other in config.tied.items())
+    known = getattr(model, "all_tied_weights_keys", {})
+    return list(found.values()), {name: other for name, other in pairs if name and other and name not in known}
+
+
+def _tensor_in(model, name):
+    place, _, own = name.rpartition(".")
+    found = _name_in(model, place)
+    return None if found is None else f"{found}.{own}".removeprefix(".")
 
 
 def _name_in(model, name):
@@ -214,7 +218,7 @@ def check_loadable(model):
     kind = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     with torch.device("meta"):
         twin = kind(copy.deepcopy(model.config))
-    rebuild(twin, model.config.quantization_config)
+    _tie_twins(twin, rebuild(twin, model.config.quantization_config)[1])
     here, there = ({n: tuple(t.shape) for n, t in own_tensors(m).items()} for m in (model, twin))
     if odd := sorted(name for name in {**here, **there} if here.get(name) != there.get(name)):
         raise ValueError(
@@ -224,32 +228,29 @@ def check_loadable(model):
         )
 
 
-def _hide(names, model, state, prefix, metadata):
-    for name in names:
-        state.pop(prefix + name, None)
-
-
 def _no_init(module):
     module._is_hf_initialized = True
 
 
 def _tie(model):
     """Tie by name, as tie_weights would, which is switched off while a model is made to be loaded."""
-    for name, first in model.all_tied_weights_keys.items():
-        share(model, name, first)
+    _tie_twins(model, model.all_tied_weights_keys)
 
 
-def _tie_by_name(model):
-    """Tell the loader which parameters it will find under another name; returns {name: first name} of shared buffers.
+def _tie_twins(model, twins):
+    for name, other in twins.items():
+        share(model, name, other)
 
-    Those are hidden from it, and shared again afterwards: its list of ties is for parameters only.
-    """
-    first, buffers = {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        other = first.setdefault(id(tensor), name)
-        if other != name and isinstance(tensor, torch.nn.Parameter):
-            model.all_tied_weights_keys.setdefault(name, other)
-        elif other != name:
-            buffers[name] = other
-    return buffers
 
+def _tie_all(model, twins, *args, **options):
+    """What a model's tie_weights is while it is loaded: the model's own ties, and those of tnlib's layers."""
+    type(model).tie_weights(model, *args, **options)
+    _tie_twins(model, twins)
+
+
+def _hide(twins, model, state, prefix, metadata):
+    """A hook of state_dict: what is stored under another name is not there."""
+    for key in list(state):
+        name = key.removeprefix(prefix)
+        if any(name == twin or name.startswith(f"{twin}.") for twin in twins):
+            del state[key]

@@ -206,8 +206,15 @@ def model_type(model):
 
 
 def dense_modules(model):
-    """Every module that a rule could claim, by name: nn.Linear, Conv1D, nn.Embedding."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_conv1d(m)}
+    """Every module that a rule could claim, by name: nn.Linear, Conv1D, nn.Embedding.
+
+    Not an embedding that does more than look up, as OPT's of positions does: no other layer can stand in for it.
+    """
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m) or _looks_up(m)}
+
+
+def _looks_up(module):
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
 
 
 def match(model, recipe):
