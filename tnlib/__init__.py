@@ -31,6 +31,8 @@ _PUBLIC = {
     "baselines": ["asvd", "factorize_by_", "prune_", "svd_llm"],
     "stream": ["factorize_folder"],
     "checkpoint": ["TNConfig"],
+    "model_card": ["model_card"],
+    "saving": ["load", "save"],
     "hybrid_tt": [
         "HybridTTConfig",
         "dense_model",

@@ -215,14 +215,12 @@ def _name_in(model, name):
 
 def check_loadable(model):
     """Raises: ValueError, naming tensors, when the class and config of a model do not make a model with these tensors."""
-    kind = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
-    with torch.device("meta"):
-        twin = kind(copy.deepcopy(model.config))
-    _tie_twins(twin, rebuild(twin, model.config.quantization_config)[1])
+    twin = dense_twin(model)
+    fill_ties(twin, rebuild(twin, model.config.quantization_config)[1])
     here, there = ({n: tuple(t.shape) for n, t in own_tensors(m).items()} for m in (model, twin))
     if odd := sorted(name for name in {**here, **there} if here.get(name) != there.get(name)):
         raise ValueError(
-            f"save_pretrained: {kind.__name__} as its config says has other tensors than this model: {', '.join(odd[:4])} "
+            f"save_pretrained: {type(twin).__name__} as its config says has other tensors than this model: {', '.join(odd[:4])} "
             f"({len(odd)} in all); needed the same, or from_pretrained could not read them. Save before layers are exchanged by "
             "other means (use_torchao_ is one), or set the config's sizes."
         )
@@ -234,10 +232,11 @@ def _no_init(module):
 
 def _tie(model):
     """Tie by name, as tie_weights would, which is switched off while a model is made to be loaded."""
-    _tie_twins(model, model.all_tied_weights_keys)
+    fill_ties(model, model.all_tied_weights_keys)
 
 
-def _tie_twins(model, twins):
+def fill_ties(model, twins):
+    """Let each name in a model be the tensor or grid of another, in place. twins: as from rebuild"""
     for name, other in twins.items():
         share(model, name, other)
 
@@ -245,7 +244,14 @@ def _tie_twins(model, twins):
 def _tie_all(model, twins, *args, **options):
     """What a model's tie_weights is while it is loaded: the model's own ties, and those of tnlib's layers."""
     type(model).tie_weights(model, *args, **options)
-    _tie_twins(model, twins)
+    fill_ties(model, twins)
+
+
+def dense_twin(model):
+    """The dense model of a model's class and config, on the meta device."""
+    kind = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        return kind(copy.deepcopy(model.config))
 
 
 def _hide(twins, model, state, prefix, metadata):

@@ -38,6 +38,11 @@ def _grids(module):
     return {name: grid for name, grid in found.items() if isinstance(grid, GRIDS)}
 
 
+def grids_of(layer):
+    """The Packed and FakeQuantize modules of a replaced layer."""
+    return [*_grids(layer).values(), *([layer.packed] if isinstance(layer, QuantizedEmbedding) else [])]
+
+
 def layer_to_dict(layer):
     """A replaced layer as plain data; layer_from_dict gives an empty one like it."""
     grids = {name: _grid_to_dict(grid) for name, grid in _grids(layer).items()}
