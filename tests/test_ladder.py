@@ -9,7 +9,7 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects", "registration"],
+    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects", "registration", "experts", "bars"],
     ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "between", "generate", "speed", "hub", "harness", "readings_trains", "forest"],
     ["contract", "readings"],
     ["lookup", "machine", "evidence"],

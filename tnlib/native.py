@@ -33,6 +33,12 @@ def tell_transformers(model, recipe=None, quantize=None):
         model.is_quantized = any(isinstance(module, Packed) for module in model.modules())  # those may not change their type
 
 
+def record_recipe(model, recipe):
+    """Let config.json name this recipe for what was done to a model, whatever was recorded before."""
+    if is_ours(quantizer := getattr(model, "hf_quantizer", None)):
+        quantizer.quantization_config.recipe = recipe.to_dict()
+
+
 def is_ours(quantizer):
     """Whether a model's hf_quantizer is tnlib's."""
     return quantizer is not None and quantizer.quantization_config.quant_method == METHOD

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tnlib.between import Between
+from tnlib.experts import fused_experts
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.modes import eval_mode
@@ -46,9 +47,15 @@ class Target(NamedTuple):
 def targets(model, quantize):
     """The tensors that a Quantize means, tied ones under each of their names.
 
-    Raises: QuantizeError when there are none
+    Raises: QuantizeError when there are none, and for a mixture of experts, most of which would stay float unsaid
     """
     found = []
+    if quantize.what == "dense" and (fused := fused_experts(model)):
+        name, shape = next(iter(fused.items()))
+        raise QuantizeError(
+            f"Quantize(what='dense'): {name} {shape} holds fused experts, {len(fused)} such parameters in all; needed matrices. "
+            "Only what='factors' works for a mixture of experts."
+        )
     for name, module in model.named_modules():
         if quantize.what == "factors" and isinstance(module, (FactorizedLinear, FactorizedEmbedding)):
             sizes = module.form.factor_shapes(module.shape)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tnlib.experts import about_experts
 from tnlib.families import FAMILIES, ROLES, patterns, translate
 from tnlib.form import Form, positive
 from tnlib.kronecker import Kronecker
@@ -232,7 +233,7 @@ def match(model, recipe):
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.where!r} (blocks={rule.blocks!r}) claims no module of this "
                 f"{model_type(model) or type(model).__name__} model. It offers:\n  {_offer(offered)}\n"
-                "Use one of these patterns, a role such as 'mlp', or recipe.scaled_to(model)."
+                f"{about_experts(model)}Use one of these patterns, a role such as 'mlp', or recipe.scaled_to(model)."
             )
         for name in found:
             if name in claimed:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from tnlib.assets import fetch
+from tnlib.bars import bars_on_terminals
 from tnlib.checkpoint_files import class_of, stored_config
 from tnlib.model_card import CARD, model_card
 from tnlib.records import write_atomic
@@ -25,7 +26,8 @@ def save(model, folder, tokenizer=None, *, base=None, measured=None, **options):
     shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
     part.mkdir(parents=True)
     try:
-        model.save_pretrained(part, **options)
+        with bars_on_terminals():
+            model.save_pretrained(part, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         size_mb = sum(path.stat().st_size for path in part.glob("*.safetensors")) / 1e6
@@ -50,4 +52,5 @@ def load(name, **options):
             f"load: {folder} is of the format before the native one (tnlib.json); needed config.json with a quantization_config. "
             "Run factorize_folder again on the dense checkpoint that tnlib.json names."
         )
-    return class_of(folder)[0].from_pretrained(folder, use_safetensors=True, **options)
+    with bars_on_terminals():
+        return class_of(folder)[0].from_pretrained(folder, use_safetensors=True, **options)
