@@ -137,14 +137,16 @@ class TNQuantizer(HfQuantizer):
             recipe = Recipe.from_dict(self.quantization_config.recipe)
             self.on_load = FactorizeOnLoad(model, recipe, self.quantization_config.seed)
             return
+        ties = dict(model.all_tied_weights_keys)
         names, twins = rebuild(model, self.quantization_config)
+        untied = ties.keys() - model.all_tied_weights_keys.keys()
         for name in names:
             model.get_submodule(name).apply(_no_init)
         ignored = (rf"(^|\.){re.escape(name)}\.{GUARD}$" for name in (*names, *self.quantization_config.modules))
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *ignored}
         # The loader's own list of ties is for parameters only, and reads weights of layers that are half tied.
         self.hidden = model.register_state_dict_post_hook(partial(_hide, twins))
-        model.tie_weights = partial(_tie_all, model, twins)  # called when all is read, before layers are spread over devices
+        model.tie_weights = partial(_tie_all, model, twins, untied)  # called when all is read, before layers are spread over devices
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         if self.pre_quantized:
@@ -241,9 +243,17 @@ def fill_ties(model, twins):
         share(model, name, other)
 
 
-def _tie_all(model, twins, *args, **options):
-    """What a model's tie_weights is while it is loaded: the model's own ties, and those of tnlib's layers."""
-    type(model).tie_weights(model, *args, **options)
+def _tie_all(model, twins, untied, missing_keys=(), **options):
+    """What a model's tie_weights is while it is loaded: the model's own ties, and those of tnlib's layers.
+
+    Raises: ValueError for a head whose embedding was replaced, and which the checkpoint lacks
+    """
+    if lost := sorted(untied & set(missing_keys)):
+        raise ValueError(
+            f"from_pretrained: the checkpoint has no {lost[0]}, and the table that it was tied to is replaced; needed a checkpoint "
+            f"with this head. It was saved from a model without one: load it as such, or save it from a {type(model).__name__}."
+        )
+    type(model).tie_weights(model, missing_keys=missing_keys, **options)
     fill_ties(model, twins)
 
 

@@ -157,9 +157,8 @@ class QuantizedEmbedding(nn.Module):
 
     def to_dense(self):
         """An nn.Embedding with the table that the codes stand for."""
-        return nn.Embedding(*self.weight.shape, self.padding_idx, _weight=self.weight.detach().clone()).train(
-            self.training
-        )
+        table = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        return nn.Embedding(*table.shape, self.padding_idx, _weight=table).train(self.training)
 
     def forward(self, ids):
         """ids: integers (…). Returns: (…, dim). Raises: IndexError (CPU)"""

@@ -101,9 +101,10 @@ def _stored(layer):
         return layer.packed
     factorized = isinstance(layer, (FactorizedLinear, FactorizedEmbedding))
     first = next(iter(layer.form.factor_shapes(layer.shape))) if factorized else "weight"
-    grid = getattr(layer, "parametrizations", {}).get(first)
-    if grid is None:
+    grids = getattr(layer, "parametrizations", {})
+    if first not in grids:
         return getattr(layer, first) if factorized else None
+    grid = grids[first]
     if isinstance(grid[0], FakeQuantize):
         return grid.original
     return grid[0] if isinstance(grid[0], Packed) else None
