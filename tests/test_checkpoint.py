@@ -139,7 +139,7 @@ def test_forms_splits_starts_and_errors_come_back(tmp_path):
     again = loaded(model, tmp_path)
     assert_same(model, again)
     assert is_conv1d(again.transformer.h[0].attn.c_attn.to_dense())
-    assert [part.error for part in again.transformer.h[0].attn.c_attn.parts][0] > 0
+    assert all(part.error > 0 for part in again.transformer.h[0].attn.c_attn.parts)
     assert {type(rule.form) for rule in Recipe.from_dict(stored_config(tmp_path)["recipe"]).rules} == {LowRank, TensorTrain, Kronecker}
     assert again.lm_head.weight is model.lm_head.weight or torch.equal(again.lm_head.weight, model.lm_head.weight)
 
@@ -211,7 +211,7 @@ def test_other_auto_classes_take_the_layers_that_they_have(kind, tmp_path):
     assert torch.equal(bare(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
     bare.save_pretrained(tmp_path / "bare")
     assert_same_tensors(bare, transformers.AutoModel.from_pretrained(tmp_path / "bare"))
-    with pytest.raises(ValueError, match="no lm_head.weight, and the table that it was tied to is replaced"):
+    with pytest.raises(ValueError, match=r"no lm_head.weight, and the table that it was tied to is replaced"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
     classes = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal", num_labels=3)
     assert torch.equal(classes.model(IDS).last_hidden_state, bare(IDS).last_hidden_state)
@@ -336,7 +336,7 @@ def test_lora_goes_beside_replaced_layers_and_is_refused_on_them(tmp_path):
     model = tiny("llama", torch.float32)
     factorize_(model, recipe(MPO(order=2, kept=0.5), "mlp"))
     found = loaded(model, tmp_path)
-    with pytest.raises(ValueError, match="FactorizedLinear.* is not supported"):
+    with pytest.raises(ValueError, match=r"FactorizedLinear.* is not supported"):
         peft.get_peft_model(copy.deepcopy(found), peft.LoraConfig(target_modules=["up_proj"]))
     adapted = peft.get_peft_model(found, peft.LoraConfig(target_modules=["q_proj"]))
     assert torch.equal(logits(adapted, IDS), logits(model, IDS))

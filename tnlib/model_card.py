@@ -18,6 +18,7 @@ from tnlib.layer_data import grids_of, replaced
 from tnlib.layers import SplitLinear
 from tnlib.native import is_ours
 from tnlib.packing import QuantizedEmbedding
+from tnlib.recipe import Recipe
 from tnlib.resume import own_tensors
 
 CARD = "README.md"
@@ -46,7 +47,7 @@ def model_card(model, *, base=None, measured=None, size_mb=None):
     parts.append(_how_to_load(kind))
     recipe = model.hf_quantizer.quantization_config.recipe if is_ours(getattr(model, "hf_quantizer", None)) else None
     if recipe:
-        given = {key: value for key, value in recipe.items() if value}
+        given = {key: value for key, value in Recipe.from_dict(recipe).to_dict().items() if value}
         parts.append(f"## Recipe\n\n```json\n{json.dumps(given, indent=1)}\n```")
     return "\n\n".join(parts) + "\n"
 
