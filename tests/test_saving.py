@@ -84,14 +84,16 @@ def test_a_card_of_a_folder_is_that_of_its_model(kind, tmp_path):
     assert f"{size(model).parameters:,}" in row(model_card(model), "parameters")
 
 
-def test_factorize_folder_writes_the_card_that_save_writes(tmp_path):
-    folder = folder_of(tmp_path, "llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factorize_folder_writes_the_card_that_save_writes(tmp_path, dtype):
+    folder = folder_of(tmp_path, "llama", dtype)
     factorize_folder(folder, TIED, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     save(load(tmp_path / "out"), tmp_path / "again", base="dense")
     other = (tmp_path / "again" / "README.md").read_text()
     assert [line for line in card.splitlines() if "MB on disk" not in line] == [line for line in other.splitlines() if "MB on disk" not in line]
     assert card == model_card(tmp_path / "out", base="dense")
+    assert f"dense at {8 * dtype.itemsize} bits" in card
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

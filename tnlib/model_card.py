@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from tnlib import __version__
 from tnlib.checkpoint import TNConfig, dense_twin, fill_ties, rebuild
 from tnlib.checkpoint_files import skeleton_of, stored_config
 from tnlib.cost import size
@@ -72,7 +73,7 @@ def _header(base):
 
 def _sizes(model, rows, size_mb, base):
     after, dense = size(model).parameters, size(dense_twin(model))
-    wide = next(parameter.element_size() for parameter in model.parameters())
+    wide = _bytes_each(model)
     replaced_before, replaced_after = (sum(int(row[key].replace(",", "")) for row in rows) for key in ("dense", "stored"))
     before_mb = dense.parameters * wide / 1e6
     table = [
@@ -80,8 +81,16 @@ def _sizes(model, rows, size_mb, base):
         {"": "of these in replaced layers", "dense": f"{replaced_before:,}", "here": f"{replaced_after:,}", "kept": _share(replaced_after, replaced_before)},
         {"": f"MB on disk, dense at {8 * wide} bits", "dense": f"{before_mb:,.1f}", "here": f"{size_mb:,.1f}", "kept": _share(size_mb, before_mb)},
     ]
-    said = f"{base or 'A dense model'} with {len(replaced(model))} layers replaced by [tnlib](https://pypi.org/project/tnlib)."
+    said = f"{base or 'A dense model'} with {len(replaced(model))} layers replaced by tnlib {__version__}."
     return f"{said}\n\n{_table('Sizes', table)}"
+
+
+def _bytes_each(model):
+    """Bytes a number: of the type that a checkpoint's config names, where the model itself is only a skeleton."""
+    first, named = next(model.parameters()), model.config.dtype
+    if first.is_meta and named is not None:
+        return (getattr(torch, named) if isinstance(named, str) else named).itemsize
+    return first.element_size()
 
 
 def _share(part, whole):
@@ -137,7 +146,7 @@ def _how_to_load(kind):
     return f"""## Load
 
 ```python
-import tnlib  # pip install tnlib; without this line loading fails
+import tnlib  # first: without it loading fails
 from transformers import {name}
 
 model = {name}.from_pretrained("this folder")  # model.dequantize() makes it dense
