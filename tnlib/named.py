@@ -6,12 +6,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from tnlib.assets import ASSETS, fetch
+from tnlib.checkpoint_files import skeleton_of
 from tnlib.families import FAMILIES
 from tnlib.papers import papers, skeleton
 from tnlib.plan import plan
 from tnlib.recipe import Recipe, RecipeError, model_type
 from tnlib.shapes import ShapeError
-from tnlib.streamed import skeleton_of
 from tnlib.wheel import AssetError
 
 BASES = ("gpt2", "gpt2-50k", "distilgpt2", "smollm2-135m", "bert-base-uncased", "meta-llama/Llama-2-7b-hf")  # of skeleton

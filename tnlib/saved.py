@@ -1,79 +1,51 @@
-"""Models on disk, dense or compressed, behind one name; the only place that knows how a compressed one is kept."""
+"""What the commands ask of a folder: is it compressed, by which recipe, with which errors, how large; and its model."""
 
-import json
-import shutil
 from pathlib import Path
 
-import torch
-
-from tnlib.assets import load_model
-from tnlib.quant import Quantize
-from tnlib.quantize import quantize_
+from tnlib.checkpoint_files import stored_config
+from tnlib.native import METHOD
 from tnlib.recipe import Recipe
-from tnlib.records import write_atomic
-from tnlib.resume import load_weights_, save_weights
-from tnlib.stream import BESIDE
-from tnlib.streamed import FACTS, load_factorized, skeleton_of
-from tnlib.surgery import factorize_
+from tnlib.saving import load
 
 
 def compressed(name):
-    """Whether `name` is a folder that a compressed model was written to."""
-    return (Path(name) / FACTS).is_file()
+    """Whether `name` is a folder with a compressed model."""
+    return stored_config(name).get("quant_method") == METHOD
 
 
-def facts_of(folder):
-    """What a compressed folder says of itself: recipe, seed, source, errors."""
-    return json.loads((Path(folder) / FACTS).read_text("utf-8"))
+def recipe_of(folder):
+    """The Recipe that a compressed folder was made by."""
+    return Recipe.from_dict(stored_config(folder)["recipe"])
 
 
-def open_model(name, device=None):
-    """The model in a folder, compressed or dense, or of an asset's or hub name; in eval mode, ready to run.
-
-    device: None leaves it on the CPU
-    Raises: ValueError for a compressed folder whose tensors do not fit its recipe; AssetError as load_model
-    Exact: a model that keep_model wrote has the same tensors again, bit for bit.
-    """
-    if not compressed(name):
-        return load_model(str(name), device=device)
-    facts = facts_of(name)
-    model = _quantized(name, facts) if facts.get("quantize") else load_factorized(name)
-    return model if device is None else model.to(device)
+def errors_of(folder):
+    """{module: relative error of its weight} of a compressed folder's factorized layers; None where it was not measured."""
+    modules = stored_config(folder).get("modules", {})
+    return {name: _error(layer) for name, layer in modules.items() if "form" in layer or "parts" in layer}
 
 
-def keep_model(model, source, out, **more):
-    """Write a model that was made from the compressed folder `source` to folder `out`, for open_model; returns None.
-
-    more: facts to add, such as quantize=[…]; the file with the facts comes last, so that half a folder is none
-    """
-    source, out = Path(source), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_weights(model, out / "model.safetensors")
-    for path in source.iterdir():
-        if path.suffix in BESIDE and path.name != FACTS and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, out / path.name)
-    write_atomic(out / FACTS, json.dumps(facts_of(source) | more, indent=1))
+def bits_of(folder):
+    """Widths in which a compressed folder's tensors are stored; an empty set for floats."""
+    modules = stored_config(folder).get("modules", {}).values()
+    layers = [part for layer in modules for part in (layer, *layer.get("parts", ()))]
+    return {grid["bits"] for layer in layers for grid in layer.get("grids", {}).values() if grid["kind"] == "packed"}
 
 
 def bytes_of(name):
-    """Bytes of a folder's weights on disk; None where `name` is no folder."""
+    """Bytes of a folder's weights on disk; None where `name` is no folder with any."""
     files = list(Path(name).glob("*.safetensors"))
     return sum(path.stat().st_size for path in files) if files else None
 
 
-def _quantized(folder, facts):
-    """The structure again, quantized from any numbers, then the stored ones in their place."""
-    model, real = skeleton_of(folder), {}
-    factorize_(model, Recipe.from_dict(facts["recipe"]), progress=False)
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and tensor.is_meta:
-                    one = torch.ones(tensor.shape, dtype=tensor.dtype)
-                    held[name] = real.setdefault(id(tensor), torch.nn.Parameter(one) if held is module._parameters else one)
-    for quantize in facts["quantize"]:
-        quantize_(model, Quantize(**quantize))
-    load_weights_(model, Path(folder) / "model.safetensors")
-    for name, error in facts["errors"].items():
-        model.get_submodule(name).error = error
-    return model
+def open_model(name, device=None):
+    """The model in a folder, compressed or dense, or of an asset's or hub name; in eval mode. device: None: the CPU."""
+    model = load(name)
+    return model if device is None else model.to(device)
+
+
+def _error(layer):
+    """A layer's error; of one in bands the root mean square of theirs, whose weights are alike in size."""
+    if "parts" not in layer:
+        return layer.get("error")
+    errors = [part.get("error") for part in layer["parts"]]
+    return None if None in errors else (sum(error**2 for error in errors) / len(errors)) ** 0.5
