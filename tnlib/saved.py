@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tnlib.assets import load_model
+from tnlib.assets import fetch
 from tnlib.quant import Quantize
 from tnlib.quantize import quantize_
 from tnlib.recipe import Recipe
@@ -35,10 +35,21 @@ def open_model(name, device=None):
     Exact: a model that keep_model wrote has the same tensors again, bit for bit.
     """
     if not compressed(name):
-        return load_model(str(name), device=device)
-    facts = facts_of(name)
-    model = _quantized(name, facts) if facts.get("quantize") else load_factorized(name)
+        model = _dense(fetch(name))
+    else:
+        facts = facts_of(name)
+        model = _quantized(name, facts) if facts.get("quantize") else load_factorized(name)
     return model if device is None else model.to(device)
+
+
+def require_causal(name, model):
+    """The model again. Raises: ValueError for one that does not predict next tokens, as encoders do not"""
+    if not model.can_generate():
+        raise ValueError(
+            f"{name}: is a {type(model).__name__}, which predicts no next token; needed a causal language model. Judge others by a "
+            "task: tn.load_task, tn.predict, tn.score."
+        )
+    return model
 
 
 def keep_model(model, source, out, **more):
@@ -59,6 +70,14 @@ def bytes_of(name):
     """Bytes of a folder's weights on disk; None where `name` is no folder."""
     files = list(Path(name).glob("*.safetensors"))
     return sum(path.stat().st_size for path in files) if files else None
+
+
+def _dense(folder):
+    """Of the class that config.json names: AutoModelForCausalLM would give an encoder an untrained use."""
+    import transformers
+
+    kind = getattr(transformers, type(skeleton_of(folder)).__name__)
+    return kind.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def _quantized(folder, facts):
