@@ -279,7 +279,8 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
 
 # --- SLURM --------------------------------------------------------------------------------------------------------------
 
-PROFILE = "workers: 2\nqueue: gpu\naccount: thesis\ncores: 6\nmemory: 20GB\nwalltime: '02:00:00'\njob_extra_directives: ['--gres=gpu:1']\ninterface: lo\n"
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+PROFILE = f"interface: {LOOPBACK}\nworkers: 2\nqueue: gpu\naccount: thesis\ncores: 6\nmemory: 20GB\nwalltime: '02:00:00'\njob_extra_directives: ['--gres=gpu:1']\n"
 
 
 def fake_sbatch(folder):
@@ -291,6 +292,7 @@ def fake_sbatch(folder):
         (folder / name).chmod(0o755)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="SLURM's scripts are for a Unix shell")
 def test_a_slurm_profile_submits_workers_that_run_the_points(folder, monkeypatch):
     """sbatch is a stand-in that runs the very script which SLURM would get."""
     pytest.importorskip("dask_jobqueue")

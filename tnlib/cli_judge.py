@@ -32,10 +32,11 @@ def evaluate(model, data, split, context, tokens, batch, against, tasks, limit, 
         needs("eval", ("lm_eval",))
     from tnlib.assets import load_tokenizer
     from tnlib.cost import size
-    from tnlib.saved import bytes_of, open_model
+    from tnlib.saved import bytes_of, open_model, require_causal
 
-    device, tokenizer = device_of(device), load_tokenizer(model)
-    judged, found, lines = open_model(model, device), {}, []
+    device, found, lines = device_of(device), {}, []
+    judged = require_causal(model, open_model(model, device))
+    tokenizer = load_tokenizer(model)
     found["size"], found["bytes"] = size(judged), bytes_of(model)
     disk = f"; {found['bytes'] / 1e6:,.1f} MB on disk" if found["bytes"] else ""
     lines.append(f"{model}: {found['size']}{disk}")
@@ -87,12 +88,12 @@ def bench(folder, against, measures, context, new_tokens, repeats, batch, plans,
 
     And for one layer of each kind, every plan by which it could be computed for 1 and 512 tokens, with predicted and measured times.
     """
-    from tnlib.saved import open_model
+    from tnlib.saved import open_model, require_causal
     from tnlib.speed import compare_speed
 
     device = device_of(device)
     models = {against: open_model(against, device)} if against else {}
-    models[folder] = judged = open_model(folder, device)
+    models[folder] = judged = require_causal(folder, open_model(folder, device))
     speeds = compare_speed(models, context, new_tokens, repeats, batch, measures=measures or ("prefill", "decode"), progress=True)
     lines = [f"{name}, {measure}: {speed}" for name, own in speeds.items() for measure, speed in own.items()]
     found = {"device": device, "speed": speeds}

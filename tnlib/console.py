@@ -131,7 +131,7 @@ class Lines:
     """Standard error for a log: what a bar would write over itself is written every SAY_EVERY seconds, without the bar."""
 
     def __init__(self, to):
-        self.to, self.said, self.bar = to, time.monotonic(), False
+        self.to, self.said, self.bar, self.last = to, time.monotonic(), False, None
 
     def write(self, text):
         """Write text; of a bar's refreshes, which begin with a carriage return, only those that are due."""
@@ -140,8 +140,9 @@ class Lines:
             return 0 if ends or not text else self.to.write(text)
         self.bar = True
         line, over = re.sub(r"\|.*?\| ?", " ", text.strip("\r\n ")), re.search(r"\b(\d+)/\1\b", text)
-        if line and (over or time.monotonic() - self.said > SAY_EVERY):
-            self.said = time.monotonic()
+        short = line.partition("[")[0]  # without its times: a bar at its end is drawn twice
+        if line and short != self.last and (over or time.monotonic() - self.said > SAY_EVERY):
+            self.said, self.last = time.monotonic(), short
             self.to.write(line + "\n")
         return len(text)
 

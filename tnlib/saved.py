@@ -43,6 +43,16 @@ def open_model(name, device=None):
     return model if device is None else model.to(device)
 
 
+def require_causal(name, model):
+    """The model again. Raises: ValueError for one that does not predict next tokens, as encoders do not"""
+    if not model.can_generate():
+        raise ValueError(
+            f"{name}: is a {type(model).__name__}, which predicts no next token; needed a causal language model. Judge others by a "
+            "task: tn.load_task, tn.predict, tn.score."
+        )
+    return model
+
+
 def _error(layer):
     """A layer's error; of one in bands the root mean square of theirs, whose weights are alike in size."""
     if "parts" not in layer:
