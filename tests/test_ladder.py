@@ -30,7 +30,7 @@ RUNGS = [
     ["objective", "hand_rules", "build"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "hybrid_tt", "on_load"],
+    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "proxies", "hybrid_tt", "on_load", "rebuild"],
     ["checkpoint"],
     ["model_card"],
     ["stages", "stream", "saving", "named"],

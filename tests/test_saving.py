@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tnlib.model_card import model_card
 from tnlib.plan import plan
 from tnlib.quant import Quantize
 from tnlib.quantize import quantize_
+from tnlib.rebuild import rebuild
 from tnlib.recipe import Recipe
 from tnlib.saving import load, save
 from tnlib.shapes import ShapeError
@@ -141,6 +143,17 @@ def test_a_checkpoint_of_another_format_is_brought_up_to_date_or_refused_with_a_
     assert_same(written(FORMAT), model)
 
 
+def test_a_checkpoint_that_format_1_wrote_still_loads():
+    """format_1/ is never written again: a one-block GPT-2 with every kind of layer, its logits beside it."""
+    folder = Path(__file__).with_name("format_1")
+    assert stored_config(folder)["format_version"] == 1
+    model, wanted = load(folder), torch.tensor(json.loads((folder / "logits.json").read_text()))
+    with torch.no_grad():
+        assert torch.allclose(model(torch.arange(8)[None]).logits, wanted, atol=1e-6)
+    kinds = {data["layer"] for data in stored_config(folder)["modules"].values()}
+    assert kinds == {"SplitLinear", "FactorizedEmbedding", "FactorizedLinear", "Conv1D", "Embedding"}
+
+
 def test_a_folder_of_the_time_before_says_how_to_convert_it(tmp_path):
     folder = folder_of(tmp_path, "llama")
     (folder / "tnlib.json").write_text("{}")
@@ -162,7 +175,7 @@ def test_an_unknown_layer_is_refused():
     data = {"modules": {"lm_head": {"layer": "Tucker", "shape": [96, 24]}}, "format_version": FORMAT}
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
     with pytest.raises(ValueError, match=r"unknown layer 'Tucker'; needed one that this tnlib knows. Update tnlib"):
-        tnlib.checkpoint.rebuild(model, TNConfig.from_dict(data))
+        rebuild(model, TNConfig.from_dict(data))
 
 
 # ---- a real model

@@ -12,13 +12,14 @@ import torch
 import transformers
 
 from tnlib import __version__
-from tnlib.checkpoint import TNConfig, dense_twin, fill_ties, rebuild
+from tnlib.checkpoint import TNConfig
 from tnlib.checkpoint_files import skeleton_of, stored_config
 from tnlib.cost import size
 from tnlib.layer_data import grids_of, replaced
 from tnlib.layers import SplitLinear
 from tnlib.native import is_ours
 from tnlib.packing import QuantizedEmbedding
+from tnlib.rebuild import dense_twin, fill_ties, rebuild
 from tnlib.recipe import Recipe
 from tnlib.resume import own_tensors
 

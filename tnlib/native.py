@@ -1,6 +1,7 @@
 """What a transformers model is told after each exchange of layers: its ties, and that tnlib saves it."""
 
 import copy
+import sys
 
 from tnlib.layer_data import replaced
 from tnlib.packing import Packed
@@ -19,7 +20,7 @@ def tell_transformers(model, recipe=None, quantize=None):
     Exact: no parameter or buffer changes.
     """
     tell_ties(model)
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+    if (transformers := sys.modules.get("transformers")) is None or not isinstance(model, transformers.PreTrainedModel):
         return
     quantizer = getattr(model, "hf_quantizer", None)
     if not replaced(model):

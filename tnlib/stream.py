@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 
 from tnlib.assets import fetch
 from tnlib.build import Fit, build
-from tnlib.checkpoint import GUARD, describe
+from tnlib.checkpoint import GUARD
 from tnlib.checkpoint_files import CONFIG, INDEX, identity, skeleton_of, stored_config, stored_tensors
 from tnlib.fit_store import digest, moment_tensors
 from tnlib.layer_data import replaced
 from tnlib.model_card import CARD, model_card
+from tnlib.rebuild import describe
 from tnlib.recipe import match
 from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
