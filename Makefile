@@ -2,7 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup workbook test bench lab lock
+.PHONY: help setup workbook test bench lab package lock
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,5 +23,8 @@ bench:  ## setup, then tnlib against its peers, hours; ARGS=--quick for minutes
 lab:  ## setup, then JupyterLab on the first notebook
 	$(PYTHON) ci/bootstrap.py lab $(ARGS)
 
-lock: setup  ## write constraints.txt anew
-	PATH="$(CURDIR)/.venv/bin:$$PATH" bash ci/lock.sh
+package:  ## setup, then wheel and sdist into dist/, tried in a clean environment
+	$(PYTHON) ci/bootstrap.py package $(ARGS)
+
+lock: setup  ## write constraints.txt anew; ARGS=--upgrade for the newest versions
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash ci/lock.sh $(ARGS)

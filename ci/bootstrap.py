@@ -5,6 +5,7 @@
   test       setup, then lint, unit tests and notebooks
   bench      setup, then tnlib against its peers, into figures/bench_*; hours
   lab        setup, then JupyterLab on notebooks/00_start_here.ipynb
+  package    setup, then wheel and sdist into dist/, and the wheel, without extras, tried in an environment of its own
 
 ARGUMENTS go to the notebook runner (workbook), the unit tests (test), the benchmarks (bench) or JupyterLab (lab).
 pip's settings are honored: PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, PIP_CERT, pip.conf.
@@ -235,7 +236,7 @@ def setup():
 def workbook(rest):
     """Every notebook at laptop scale; the runner skips what is done."""
     force = ["--force"] if os.environ.get("FORCE", "").lower() in {"1", "true", "yes"} else []
-    return run("-m", "tnlib.run", "--preset", "laptop", *force, *rest)
+    return run("-m", "tnlib", "run", "--preset", "laptop", *force, *rest)
 
 
 def test(rest):
@@ -273,10 +274,28 @@ def lab(rest):
     return run("-m", "jupyterlab", "notebooks/00_start_here.ipynb", f"--ServerApp.root_dir={ROOT}", *root, *rest)
 
 
+def package(rest):
+    """Wheel and sdist, the wheel from the sdist; then what `pip install tnlib` alone gives has to plan a paper's model."""
+    flags, variables = uv_settings(pip_listing())
+    shutil.rmtree(str(ROOT / "dist"), ignore_errors=True)
+    with tempfile.TemporaryDirectory() as clean:
+        python, script = (os.path.join(clean, os.path.relpath(venv_python(), str(VENV).rstrip(os.sep))),
+                          "Scripts/tnlib.exe" if os.name == "nt" else "bin/tnlib")
+        steps = [["build", "--out-dir", "dist", *flags], ["venv", "--clear", "--python", BASE, clean],
+                 ["pip", "install", "--python", python, "-c", "constraints.txt", *flags]]
+        for step in steps:
+            wheel = [str(path) for path in (ROOT / "dist").glob("*.whl")] if step[0] == "pip" else []
+            if run("-m", "uv", *step, *wheel, *rest, **variables):
+                return 1
+        status = subprocess.call([os.path.join(clean, script), "plan", "gpt2", "--recipe", "krony-81m"])
+    say(f"package: {', '.join(sorted(path.name for path in (ROOT / 'dist').glob('tnlib-*')))}{' FAILED' if status else ''}")
+    return int(status != 0)
+
+
 def main(target="--help", *rest):
     """Returns the exit status."""
     check_python()
-    targets = {"setup": lambda rest: 0, "workbook": workbook, "test": test, "bench": bench, "lab": lab}
+    targets = {"setup": lambda rest: 0, "workbook": workbook, "test": test, "bench": bench, "lab": lab, "package": package}
     if target in ("-h", "--help"):
         print(__doc__.strip())
         return 0
@@ -286,7 +305,7 @@ def main(target="--help", *rest):
     os.chdir(ROOT)
     try:
         setup()
-        return run("-m", "tnlib.assets", "--quiet") or targets[target](rest)
+        return run("-m", "tnlib", "assets", "--all", "--quiet") or targets[target](rest)
     except KeyboardInterrupt:
         say(f"\n{target}: stopped; the same command goes on from here")
         return 130

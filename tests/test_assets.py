@@ -173,9 +173,9 @@ def test_no_network(cache, no_network):
 
 
 def test_command_line_fails_in_one_line(cache, no_network):
-    done = subprocess.run([sys.executable, "-m", "tnlib.assets"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tnlib", "assets", "--all"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "tnlib.assets: asset 'smollm2-135m': the package index cannot be reached" in done.stderr
+    assert "error: asset 'smollm2-135m': the package index cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -224,7 +224,7 @@ def test_workbook_passes_force_and_the_rest(boot, monkeypatch, force, flags):
     monkeypatch.setenv("FORCE", force)
     monkeypatch.setattr(boot, "run", lambda *command, **more: seen.append(list(command)) or 7)
     assert boot.workbook(["--jobs", "2"]) == 7
-    assert seen == [["-m", "tnlib.run", "--preset", "laptop", *flags, "--jobs", "2"]]
+    assert seen == [["-m", "tnlib", "run", "--preset", "laptop", *flags, "--jobs", "2"]]
 
 
 def test_an_unknown_target_names_the_known_ones(boot):

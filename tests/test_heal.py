@@ -653,10 +653,10 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(worked, way, code):
     folder, found, log = worked
     found = found["interruptions"]
     assert (found["codes"][way], found["again"][way]) == (code, 0), log[-3000:]
-    assert "student.safetensors" not in found["left"][way]
+    assert "model.safetensors" not in found["left"][way]
     assert any(name.startswith("checkpoint-") for name in found["left"][way])
-    assert (folder / way / "student.safetensors").read_bytes() == (
-        folder / "whole" / "student.safetensors"
+    assert (folder / way / "model.safetensors").read_bytes() == (
+        folder / "whole" / "model.safetensors"
     ).read_bytes()
     rows, wanted = (read_history(folder / name / "history.csv").rows for name in (way, "whole"))
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in wanted]
@@ -684,7 +684,7 @@ def test_two_processes_give_the_loss_curve_of_one(worked, way, kind):
     for row, other in zip(facts["rows"], wanted):
         row, other = ({k: v for k, v in r.items() if k != "seconds" and v is not None} for r in (row, other))
         assert row == pytest.approx(other, rel=2e-5)  # float32 sums in another order, 12 steps of AdamW
-    one, two = (tnlib.resume.load_file(folder / name / "student.safetensors") for name in ("one", way))
+    one, two = (tnlib.resume.load_file(folder / name / "model.safetensors") for name in ("one", way))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
 
@@ -693,7 +693,7 @@ def test_a_sharded_run_resumes_as_well(worked):
     folder, found, log = worked
     assert found["ranks"]["codes"]["fsdp stopped"] == [9, 9]
     assert found["ranks"]["codes"]["fsdp again"] == [0, 0], log[-3000:]
-    one, two = (folder / name / "student.safetensors" for name in ("fsdp", "fsdp-again"))
+    one, two = (folder / name / "model.safetensors" for name in ("fsdp", "fsdp-again"))
     assert one.read_bytes() == two.read_bytes()
     rows, wanted = (json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("fsdp-again", "fsdp"))
     assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in wanted]

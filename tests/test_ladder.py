@@ -9,8 +9,8 @@ import tnlib
 
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
-    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects"],
-    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "generate", "speed", "hub", "harness", "readings_trains", "forest"],
+    ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects", "registration", "experts", "bars"],
+    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "between", "generate", "speed", "hub", "harness", "readings_trains", "forest", "slots"],
     ["contract", "readings"],
     ["lookup", "machine", "evidence"],
     ["choose"],
@@ -25,17 +25,23 @@ RUNGS = [
     ["weighted"],
     ["factorized", "audit"],
     ["layers", "recipe"],
-    ["papers", "plan", "explore", "schedule", "layer_fit", "walk"],
-    ["fit_store", "profile", "prefix"],
+    ["papers", "plan", "explore", "schedule", "layer_fit", "walk", "layer_data"],
+    ["fit_store", "profile", "prefix", "native"],
     ["objective", "hand_rules", "build"],
     ["keeper"],
     ["surgery", "trainer", "forecast", "hidden", "local", "quantize", "sensitivity", "allocate"],
-    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "peft_lora", "proxies", "streamed", "hybrid_tt"],
-    ["stages", "stream"],
-    ["presets", "report"],
-    ["job"],
+    ["heal", "calibrate", "sequential", "baselines", "quantized_size", "torchao_kernels", "triton_kernels", "peft_lora", "proxies", "hybrid_tt", "on_load", "rebuild"],
+    ["checkpoint"],
+    ["model_card"],
+    ["stages", "stream", "saving", "named"],
+    ["presets", "report", "saved"],
+    ["job", "cluster"],
     ["execute", "progress"],
-    ["run"],
+    ["run", "sweep_page"],
+    ["sweep"],
+    ["console"],
+    ["cli_look", "cli_make", "cli_judge", "cli_run", "cli_sweep"],
+    ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(RUNGS) for name in names}
 MODULES = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ("__init__", "__main__"))

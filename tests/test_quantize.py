@@ -41,7 +41,8 @@ from tnlib import (
     size,
     skeleton,
 )
-from tnlib.quantize import Between, targets
+from tnlib.between import Between
+from tnlib.quantize import targets
 from tnlib.resume import load_file, weights
 from tnlib.schedule import kinds, parameter_groups
 from tnlib.trainer import HealTrainer

@@ -16,10 +16,10 @@ import nbformat
 import psutil
 import pytest
 
-from tnlib import execute, job, presets, run
+from tnlib import cli, execute, job, presets, run
 from tnlib.job import read_state
 from tnlib.presets import PresetError, find_notebooks, literal, resolve
-from tnlib.run import main, run_notebooks
+from tnlib.run import run_notebooks
 
 SAVE = "from tnlib.records import save_result\nsave_result(NAME, metrics={'width': WIDTH, 'scale': SCALE, 'threads': THREADS})"
 FACTS = "import os\nSCALE, THREADS = os.environ['TNLIB_SCALE'], os.environ['OMP_NUM_THREADS']"
@@ -51,6 +51,11 @@ def preset(folder, text, name="tiny"):
 
 def cells_of(path):
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def main(arguments):
+    """The exit code of `tnlib run`."""
+    return cli.main(["run", *map(str, arguments)])
 
 
 def wait_for(condition, seconds=60):
@@ -92,7 +97,8 @@ def batch(tmp_path_factory):
     command = [
         sys.executable,
         "-m",
-        "tnlib.run",
+        "tnlib",
+        "run",
         "--folder",
         "notebooks",
         "--out",
@@ -225,7 +231,7 @@ def test_changed_code_parameters_or_inputs_run_again_and_comments_in_text_do_not
     every = find_notebooks(root / "notebooks")
 
     def stamps(books, **given):
-        return {name: run._job(book, given, "tiny", root / "run", 1, books).stamp for name, book in books.items()}
+        return {name: run.job_of(book, given, "tiny", root / "run", 1, books).stamp for name, book in books.items()}
 
     first = stamps(every)
     nb = nbformat.read(every["01_fine"].path, as_version=4)
@@ -255,7 +261,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_with_what_is_not_done(tmp_pa
     make(folder, "01_quick", FACTS, SAVE)
     make(folder, "02_slow", "import os, time\nwhile not os.path.exists('../go'): time.sleep(0.1)", FACTS, SAVE)
     preset(folder, "")
-    command = [sys.executable, "-m", "tnlib.run", "--folder", str(folder), "--out", str(out), "--preset", "tiny"]
+    command = [sys.executable, "-m", "tnlib", "run", "--folder", str(folder), "--out", str(out), "--preset", "tiny"]
     runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: read_state(out, "02_slow").cell == 2)
     family = psutil.Process(runner.pid).children(recursive=True)
@@ -266,11 +272,11 @@ def test_a_killed_run_leaves_no_process_and_resumes_with_what_is_not_done(tmp_pa
     assert nbformat.read(out / "02_slow.ipynb", as_version=4).cells, "readable"
     assert 'http-equiv="refresh"' in (out / "index.html").read_text()
     (tmp_path / "go").touch()
-    assert main(command[3:]) == 0
+    assert main(command[4:]) == 0
     told = capsys.readouterr().out
     assert "[1/2] 01_quick  ok, kept" in told
     assert "[2/2] 02_slow  running" in told
-    assert main([*command[3:], "--record"]) == 2, "a scale that is not one of ours is not kept as a record"
+    assert main([*command[4:], "--record"]) == 2, "a scale that is not one of ours is not kept as a record"
 
 
 def test_late_or_stopped_notebooks_are_kept_in_part(tmp_path):
@@ -285,7 +291,8 @@ def test_late_or_stopped_notebooks_are_kept_in_part(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tnlib.run",
+        "tnlib",
+        "run",
         "02",
         "03",
         "--folder",

@@ -10,7 +10,6 @@ import sys
 from functools import partial
 
 import pytest
-import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -19,14 +18,15 @@ from tiny import AUTO, LLAMA, tiny
 
 import tnlib.stream
 from tnlib.calibrate import calibrate
+from tnlib.checkpoint_files import stored_config
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.plan import report
 from tnlib.recipe import Recipe
 from tnlib.resume import weights
+from tnlib.saving import load
 from tnlib.shapes import ShapeError
 from tnlib.stream import factorize_folder
-from tnlib.streamed import load_factorized
 from tnlib.surgery import factorize_
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
@@ -78,7 +78,7 @@ def assert_same(one, other):
 def test_equals_factorize_in_memory(tmp_path, family, case):
     folder, chosen = folder_of(tmp_path, family), CASES[family][case]
     factorize_folder(folder, chosen, tmp_path / "out", seed=3, shard_mb=0.01)
-    found = load_factorized(tmp_path / "out")
+    found = load(tmp_path / "out")
     assert_same(in_memory(folder, family, chosen, seed=3), found)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert not found.training
@@ -88,23 +88,15 @@ def test_equals_factorize_in_memory(tmp_path, family, case):
 def test_half_precision_is_decomposed_in_float32_and_stored_as_it_was(tmp_path, shards):
     folder = folder_of(tmp_path, "llama", torch.bfloat16, shards)
     factorize_folder(folder, HALF, tmp_path / "out")
-    found = load_factorized(tmp_path / "out")
+    found = load(tmp_path / "out")
     assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
     assert_same(in_memory(folder, "llama", HALF), found)
-
-
-def test_each_shard_is_opened_once(tmp_path, monkeypatch):
-    factorize_folder(folder_of(tmp_path, "llama"), HALF, tmp_path / "out", shard_mb=0.01)
-    opened, safe_open = [], safetensors.safe_open
-    monkeypatch.setattr(safetensors, "safe_open", lambda path, **more: opened.append(path) or safe_open(path, **more))
-    load_factorized(tmp_path / "out")
-    assert sorted(opened) == sorted((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_tied_weights_are_stored_once_and_shared_again(tmp_path):
     folder = folder_of(tmp_path, "llama")
     factorize_folder(folder, recipe(LowRank(rank=4), "embedding"), tmp_path / "out")
-    model = load_factorized(tmp_path / "out")
+    model = load(tmp_path / "out")
     assert model.lm_head.left is model.model.embed_tokens.left
     assert model.lm_head.error == model.model.embed_tokens.error > 0
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -119,7 +111,7 @@ def test_the_names_of_a_bare_model_are_found_and_what_the_model_lacks_is_left_ou
     }
     save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     factorize_folder(folder, recipe(LowRank(rank=3), "mlp"), tmp_path / "out")
-    assert_same(in_memory(folder, "gpt2", recipe(LowRank(rank=3), "mlp")), load_factorized(tmp_path / "out"))
+    assert_same(in_memory(folder, "gpt2", recipe(LowRank(rank=3), "mlp")), load(tmp_path / "out"))
 
 
 def test_what_lies_beside_the_weights_is_copied_and_a_finished_folder_is_left_alone(tmp_path):
@@ -130,20 +122,14 @@ def test_what_lies_beside_the_weights_is_copied_and_a_finished_folder_is_left_al
     (folder / "tokenizer.json").write_text("{}")
     (folder / "pytorch_model.bin").write_text("no")
     factorize_folder(folder, chosen, out)
-    assert {"tokenizer.json", "config.json", "model.safetensors.index.json", "tnlib.json"} <= set(os.listdir(out))
+    assert {"tokenizer.json", "config.json", "model.safetensors.index.json", "README.md"} <= set(os.listdir(out))
     assert "pytorch_model.bin" not in os.listdir(out)
-    assert Recipe.from_dict(json.loads((out / "tnlib.json").read_text())["recipe"]) == chosen
+    assert Recipe.from_dict(stored_config(out)["recipe"]) == chosen
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     factorize_folder(folder, chosen, out)
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     with pytest.raises(ValueError, match=r"is of another run \(another seed\)"):
         factorize_folder(folder, chosen, out, seed=1)
-
-
-def test_from_pretrained_refuses_the_folder_instead_of_drawing_weights(tmp_path):
-    factorize_folder(folder_of(tmp_path, "llama"), recipe(LowRank(rank=4), "mlp"), tmp_path / "out")
-    with pytest.raises(RuntimeError, match="mismatch"):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_an_interrupted_run_goes_on_and_finished_shards_are_not_done_again(tmp_path, monkeypatch):
@@ -165,7 +151,7 @@ def test_an_interrupted_run_goes_on_and_finished_shards_are_not_done_again(tmp_p
     (tmp_path / "out.part" / "model-00009-of-00009.safetensors.new").write_bytes(b"half")
     factorize_folder(folder, HALF, out, shard_mb=0.004)
     assert len(made) < 6 + 14  # of 14 matrices
-    assert_same(in_memory(folder, "llama", HALF), load_factorized(out))
+    assert_same(in_memory(folder, "llama", HALF), load(out))
     assert not (tmp_path / "out.part").exists()
     assert not list(out.glob("*.new"))
 
@@ -193,9 +179,9 @@ def test_a_killed_process_leaves_no_half_written_shard(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    assert (tmp_path / "out.part" / "tnlib.json").exists()
+    assert stored_config(tmp_path / "out.part")["run"]
     factorize_folder(folder, chosen, out, shard_mb=0.004)
-    assert_same(in_memory(folder, "llama", chosen), load_factorized(out))
+    assert_same(in_memory(folder, "llama", chosen), load(out))
 
 
 def live_bytes():
@@ -290,7 +276,7 @@ def test_a_full_disk_is_named_and_the_work_goes_on_afterwards(tmp_path, monkeypa
         factorize_folder(folder, HALF, out, shard_mb=0.01)
     assert len(list((tmp_path / "out.part").glob("model-*"))) == 2
     factorize_folder(folder, HALF, out, shard_mb=0.01)
-    assert_same(in_memory(folder, "llama", HALF), load_factorized(out))
+    assert_same(in_memory(folder, "llama", HALF), load(out))
 
 
 def test_folders_that_are_not_ours_are_refused(tmp_path):
@@ -301,12 +287,13 @@ def test_folders_that_are_not_ours_are_refused(tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"full holds other files; needed a new folder"):
         factorize_folder(folder, HALF, tmp_path / "full")
-    with pytest.raises(ValueError, match="needed a folder that factorize_folder finished"):
-        load_factorized(folder)
+    factorize_folder(folder, HALF, tmp_path / "done")
+    with pytest.raises(ValueError, match="is compressed already, by tnlib; needed a dense checkpoint"):
+        factorize_folder(tmp_path / "done", HALF, tmp_path / "twice")
     (tmp_path / "empty").mkdir()
     factorize_folder(folder, HALF, tmp_path / "empty")
     shutil.rmtree(folder)
-    assert load_factorized(tmp_path / "empty").config.num_hidden_layers == 2
+    assert load(tmp_path / "empty").config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -316,7 +303,7 @@ def test_a_calibration_is_used_on_disk_as_in_memory(family, tmp_path):
     stats = calibrate(dense, IDS, wanted, out=tmp_path / "stats")
     factorize_(dense, wanted, stats, fit={"shrink": 0.5})
     factorize_folder(folder, wanted, tmp_path / "out", stats, fit={"shrink": 0.5})
-    assert_same(load_factorized(tmp_path / "out"), dense)
+    assert_same(load(tmp_path / "out"), dense)
     with pytest.raises(ValueError, match="another calibration"):
         factorize_folder(folder, wanted, tmp_path / "out", stats)
     with pytest.raises(ValueError, match=r"stats of [46] modules"):

@@ -4,6 +4,8 @@ import importlib
 import sys
 import types
 
+from tnlib.registration import register
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -28,7 +30,9 @@ _PUBLIC = {
     "sequential": ["factorize_in_sequence_"],
     "baselines": ["asvd", "factorize_by_", "prune_", "svd_llm"],
     "stream": ["factorize_folder"],
-    "streamed": ["load_factorized"],
+    "checkpoint": ["TNConfig"],
+    "model_card": ["model_card"],
+    "saving": ["load", "save"],
     "hybrid_tt": [
         "HybridTTConfig",
         "dense_model",
@@ -106,3 +110,4 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+register()

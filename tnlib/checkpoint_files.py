@@ -1,5 +1,6 @@
 """A checkpoint's tensors where they lie: file, name, shape and type of each, without reading one."""
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from tnlib.assets import weight_files
 
-INDEX = "model.safetensors.index.json"
+INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 
 
 class Stored(NamedTuple):
@@ -54,3 +55,37 @@ def identity(files):
     """Name, size and time of change of each file, to know a checkpoint again."""
     paths = sorted({stored.path for stored in files.values()})
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+
+
+def stored_config(folder):
+    """The quantization_config of a folder's config.json, {} where there is none."""
+    path = Path(folder) / CONFIG
+    return (json.loads(path.read_text("utf-8")).get("quantization_config") or {}) if path.exists() else {}
+
+
+def class_of(folder):
+    """The class of transformers that a folder's config.json names, and that config.
+
+    Raises: ValueError where it names none
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, (config.architectures or ["none"])[0], None)
+    if kind is None:
+        raise ValueError(
+            f"{folder}/{CONFIG}: got architectures={config.architectures}; needed a model class of transformers first. "
+            "Save the model again with save_pretrained, or write the class's name there."
+        )
+    return kind, config
+
+
+def skeleton_of(folder):
+    """The dense model that a folder's config.json describes, in eval mode: parameters on the meta device, other buffers real."""
+    from accelerate import init_empty_weights
+
+    kind, config = class_of(folder)
+    with init_empty_weights(include_buffers=False):
+        model = kind(config)
+    model.tie_weights()  # each parameter was made anew
+    return model.eval()

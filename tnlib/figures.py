@@ -146,7 +146,7 @@ def show_record(name, scale=None):
         wanted = f"at scale {scale}" if scale else "at any scale"
         return Markdown(
             f"*No figure `{name}` has been recorded {wanted} yet. To record one, from the repository's root: "
-            f"`python -m tnlib.run {name.split('_')[0]} --preset {scale or 'laptop'} --record`*"
+            f"`tnlib run {name.split('_')[0]} --preset {scale or 'laptop'} --record`*"
         )
     records = sorted(folder.glob(f"{name.split('_')[0]}_*_{found}.json"))
     facts = json.loads(records[0].read_text(encoding="utf-8")) if records else {}

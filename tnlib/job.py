@@ -40,6 +40,8 @@ class Job:
     records: bool  # whether it promises a record, by calling save_result
     timeout: float  # seconds for the whole notebook
     threads: int
+    variables: dict = field(default_factory=dict)  # of the child's environment, stronger than what is there
+    stop: str | None = None  # a file: once it is there the job stops, on whatever machine it runs
 
 
 @dataclass
@@ -63,10 +65,15 @@ class Outcome:
     records: list = field(default_factory=list)
     pid: int | None = None  # the child's
     verdict: str | None = None  # the child's word, ok or failed; the near side decides
+    folder: str = ""  # of the job, as seen from the page that shows it; a sweep has one for each point
 
     @property
     def at(self):
         return f"in cell {self.cell} of {self.cells}" if self.cell else "before its first cell"
+
+    @property
+    def label(self):
+        return Path(self.folder).name or self.name
 
 
 def read_state(out, name):
@@ -91,7 +98,7 @@ def products(out, name):
 def run_one(job):
     """Execute one notebook to its end, its failure or its time limit; returns the Outcome, never raises for the notebook."""
     outcome = Outcome(job.name, job.title, "running", parameters=job.parameters, cells=job.cells, started=time.time())
-    if STOP.is_set():
+    if _stopping(job):
         outcome.status = "interrupted"
         return outcome
     log = Path(job.out) / "logs" / f"{job.name}.log"
@@ -105,7 +112,7 @@ def run_one(job):
         try:
             with child.stdin:
                 child.stdin.write(json.dumps(asdict(job)).encode())
-            late = _wait(child, job.timeout)
+            late = _wait(child, job)
         except BaseException:  # Ctrl-C with one job at a time arrives here
             STOP.set()
             stop_tree(child.pid)
@@ -139,16 +146,20 @@ def is_done(out, name, stamp):
     return made["stamp"] == stamp and there and Path(out, f"{name}.ipynb").exists()
 
 
-def _wait(child, timeout):
+def _stopping(job):
+    return STOP.is_set() or bool(job.stop and os.path.exists(job.stop))
+
+
+def _wait(child, job):
     """Wait for the child; stop it when its time is over (True) or the run is being stopped."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + job.timeout
     while True:
         try:
             child.wait(timeout=0.2)
             return False
         except subprocess.TimeoutExpired:
             late = time.monotonic() > deadline
-            if late or STOP.is_set():
+            if late or _stopping(job):
                 stop_tree(child.pid)
                 child.wait()
                 return late
@@ -161,7 +172,7 @@ def _judge(job, outcome, code, late):
     if late:
         outcome.status, outcome.error = "failed", "Timeout"
         outcome.message = f"still {outcome.at} after {job.timeout:g} s. Raise --timeout, or take a smaller preset"
-    elif STOP.is_set() and outcome.verdict != "ok":
+    elif _stopping(job) and outcome.verdict != "ok":
         outcome.status, outcome.error, outcome.message = "interrupted", None, f"stopped {outcome.at}"
     elif outcome.verdict is None:
         outcome.error = "ProcessDied"
@@ -206,7 +217,7 @@ def _environment(job):
     env |= dict.fromkeys(limits, str(min([job.threads, *asked])))
     if (repo_root() / "pyproject.toml").exists():  # a checkout that is not installed: the kernel must find this tnlib
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repo_root()), env.get("PYTHONPATH")]))
-    return env
+    return env | job.variables
 
 
 def stop_tree(pid):

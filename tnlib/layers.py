@@ -111,7 +111,7 @@ class FactorizedEmbedding(Factorized):
 
     def to_dense(self):
         """An nn.Embedding with the table that the factors stand for."""
-        dense = nn.Embedding(*self.shape, self.padding_idx, _weight=self.weight.detach().clone())
+        dense = nn.Embedding(*self.shape, self.padding_idx, _weight=self.weight.detach().clone(memory_format=torch.contiguous_format))
         return dense.train(self.training)
 
     def forward(self, ids):

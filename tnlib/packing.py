@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import ParametrizationList
 
 from tnlib.quant import QuantizeError, blocks, round_to_grid, unblocks, wide
 
@@ -125,6 +127,16 @@ def is_packed(layer):
     return "weight" in grids and isinstance(grids["weight"][0], Packed)
 
 
+def put_packed(module, attribute, packed):
+    """Let reading module.attribute give what `packed` stores, in place of the tensor, float or fake-quantized, that was there."""
+    if attribute in getattr(module, "parametrizations", {}):  # torch's removal would break a copy of the model
+        module.parametrizations[attribute] = ParametrizationList([packed], packed.like, unsafe=True)
+    else:
+        delattr(module, attribute)
+        module.register_buffer(attribute, packed.like)
+        parametrize.register_parametrization(module, attribute, packed, unsafe=True)
+
+
 class QuantizedEmbedding(nn.Module):
     """An embedding whose table is packed: only the rows that are looked up are unpacked. ids (…) -> (…, dim).
 
@@ -153,9 +165,8 @@ class QuantizedEmbedding(nn.Module):
 
     def to_dense(self):
         """An nn.Embedding with the table that the codes stand for."""
-        return nn.Embedding(*self.weight.shape, self.padding_idx, _weight=self.weight.detach().clone()).train(
-            self.training
-        )
+        table = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        return nn.Embedding(*table.shape, self.padding_idx, _weight=table).train(self.training)
 
     def forward(self, ids):
         """ids: integers (…). Returns: (…, dim). Raises: IndexError (CPU)"""

@@ -53,31 +53,34 @@ class Monitor(threading.Thread):
         self._print(f"{told} in {span(time.time() - self.began)}; index: {(self.out / 'index.html').as_uri()}")
 
     def _look(self, finished=False):
-        self.outcomes = [read_state(self.out, name) for name in self.names]
+        self.outcomes = [self._state(name) for name in self.names]
         changed = [self._tell(outcome) for outcome in self.outcomes]
         if self.terminal:
             self._in_place([o for o in self.outcomes if o.status == "running"])
         if finished or any(changed) or time.time() - self.written > REFRESH:
             self._write(finished)
 
+    def _state(self, name):
+        return read_state(self.out, name)
+
     def _tell(self, outcome):
         """Print a line when the status changes, and now and then while it runs; returns whether it changed."""
-        changed = self.seen.get(outcome.name, "pending") != outcome.status
-        waited = time.time() - self.said.get(outcome.name, 0) > SAY_EVERY
+        changed = self.seen.get(outcome.label, "pending") != outcome.status
+        waited = time.time() - self.said.get(outcome.label, 0) > SAY_EVERY
         if changed or (outcome.status == "running" and waited and not self.terminal):
-            place = f"[{self.names.index(outcome.name) + 1}/{len(self.names)}] {outcome.name}"
+            place = f"[{self.names.index(outcome.label) + 1}/{len(self.names)}] {outcome.label}"
             self._print(
                 f"{place}  {_ended(outcome) if outcome.status != 'running' else 'running' if changed else _cell(outcome)}"
             )
-            self.said[outcome.name] = time.time()
-        self.seen[outcome.name] = outcome.status
+            self.said[outcome.label] = time.time()
+        self.seen[outcome.label] = outcome.status
         return changed
 
     def _print(self, line):
         print(f"\r\033[K{line}" if self.terminal else line, flush=True)
 
     def _in_place(self, running):
-        text = "  |  ".join(f"{outcome.name} {_cell(outcome)}" for outcome in running)
+        text = "  |  ".join(f"{outcome.label} {_cell(outcome)}" for outcome in running)
         print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
 
     def _write(self, finished):

@@ -4,21 +4,21 @@ A factor or a weight gets a parametrization (torch.nn.utils.parametrize): readin
 """
 
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrize import ParametrizationList
 
+from tnlib.between import Between
+from tnlib.experts import fused_experts
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.modes import eval_mode
-from tnlib.packing import Packed, QuantizedEmbedding, packed_bytes
+from tnlib.native import tell_transformers
+from tnlib.packing import Packed, QuantizedEmbedding, packed_bytes, put_packed
 from tnlib.quant import FakeQuantize, QuantizeError
 from tnlib.recipe import dense_modules
-from tnlib.ties import tell_ties
 
 EXAMPLES = 16  # rows of `data` that activation scales start from
 
@@ -47,9 +47,15 @@ class Target(NamedTuple):
 def targets(model, quantize):
     """The tensors that a Quantize means, tied ones under each of their names.
 
-    Raises: QuantizeError when there are none
+    Raises: QuantizeError when there are none, and for a mixture of experts, most of which would stay float unsaid
     """
     found = []
+    if quantize.what == "dense" and (fused := fused_experts(model)):
+        name, shape = next(iter(fused.items()))
+        raise QuantizeError(
+            f"Quantize(what='dense'): {name} {shape} holds fused experts, {len(fused)} such parameters in all; needed matrices. "
+            "Only what='factors' works for a mixture of experts."
+        )
     for name, module in model.named_modules():
         if quantize.what == "factors" and isinstance(module, (FactorizedLinear, FactorizedEmbedding)):
             sizes = module.form.factor_shapes(module.shape)
@@ -90,7 +96,7 @@ def fake_quantize_(model, quantize, data=None):
     for target in found:
         fake = fakes[id(target.original)].train(target.module.training)
         parametrize.register_parametrization(target.module, target.attribute, fake)
-    tell_ties(model)
+    tell_transformers(model, quantize=quantize)
 
 
 def refuse_there(verb, found, kinds):
@@ -110,24 +116,6 @@ def _named(verb, target):
         yield
     except QuantizeError as error:
         raise QuantizeError(f"{verb}, {target.name}.{target.attribute}: {error}") from None
-
-
-class Between(nn.Module):
-    """Grids of a layer's input and intermediate results, one scale each, by place; see Form.forward.
-
-    Places get their grids while `observing` is true, from the first tensor that passes.
-    """
-
-    def __init__(self, quantize):
-        super().__init__()
-        self.quantize, self.observing = replace(quantize, scales="tensor"), True
-        self.grids = nn.ModuleDict()
-
-    def forward(self, x, place):
-        """x through the grid of its place."""
-        if self.observing and place not in self.grids:
-            self.grids[place] = FakeQuantize(x, self.quantize, self.quantize.activation_bits)
-        return self.grids[place](x)
 
 
 def _quantize_activations(model, quantize, data):
@@ -180,7 +168,7 @@ def quantize_(model, quantize):
                 tables[target.name] = _table(target.module, stored[id(target.original)])
     for target in found:
         _put(model, target, stored[id(target.original)], tables.get(target.name))
-    tell_ties(model)
+    tell_transformers(model, quantize=quantize)
 
 
 def _is_table(target):
@@ -200,11 +188,4 @@ def _put(model, target, packed, table):
         model.set_submodule(target.name, table)
         return
     module = table or target.module  # a low-rank table has its second factor to put
-    if (
-        module is target.module and target.parametrization is not None
-    ):  # torch's removal would break a copy of the model
-        module.parametrizations[target.attribute] = ParametrizationList([packed], packed.like, unsafe=True)
-    else:
-        delattr(module, target.attribute)
-        module.register_buffer(target.attribute, packed.like)
-        parametrize.register_parametrization(module, target.attribute, packed, unsafe=True)
+    put_packed(module, target.attribute, packed)

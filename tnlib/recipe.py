@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tnlib.experts import about_experts
 from tnlib.families import FAMILIES, ROLES, patterns, translate
 from tnlib.form import Form, positive
 from tnlib.kronecker import Kronecker
@@ -206,8 +207,15 @@ def model_type(model):
 
 
 def dense_modules(model):
-    """Every module that a rule could claim, by name: nn.Linear, Conv1D, nn.Embedding."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_conv1d(m)}
+    """Every module that a rule could claim, by name: nn.Linear, Conv1D, nn.Embedding.
+
+    Not an embedding that does more than look up, as OPT's of positions does: no other layer can stand in for it.
+    """
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m) or _looks_up(m)}
+
+
+def _looks_up(module):
+    return isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
 
 
 def match(model, recipe):
@@ -225,7 +233,7 @@ def match(model, recipe):
             raise RecipeError(
                 f"recipe {recipe.name!r}: rule {rule.where!r} (blocks={rule.blocks!r}) claims no module of this "
                 f"{model_type(model) or type(model).__name__} model. It offers:\n  {_offer(offered)}\n"
-                "Use one of these patterns, a role such as 'mlp', or recipe.scaled_to(model)."
+                f"{about_experts(model)}Use one of these patterns, a role such as 'mlp', or recipe.scaled_to(model)."
             )
         for name in found:
             if name in claimed:

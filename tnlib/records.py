@@ -64,7 +64,7 @@ def load_result(name, scale=None):
     raise ValueError(
         f"load_result({name!r}): no record{f' at scale {scale!r}' if scale else ''}.\n"
         f"  There is: {', '.join(have) or 'none at all'}.\n"
-        f"  Make it: python -m tnlib.run {name} --preset {scale or 'laptop'}"
+        f"  Make it: tnlib run {name} --preset {scale or 'laptop'}"
     )
 
 

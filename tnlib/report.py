@@ -52,23 +52,24 @@ details pre { white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
-def write_index(out, outcomes, heading, seconds, finished):
+def write_index(out, outcomes, heading, seconds, finished, rows=()):
     """Write index.html of the run in folder `out`.
 
     outcomes: one record a notebook, in order (job.Outcome); heading: what the run is called; seconds: since its start
+    rows: a table above the notebooks, as dictionaries
     Exact: a reader sees the page before or the page after, never a part.
     """
-    write_atomic(Path(out) / "index.html", page(Path(out), outcomes, heading, seconds, finished))
+    write_atomic(Path(out) / "index.html", page(Path(out), outcomes, heading, seconds, finished, rows))
 
 
-def page(out, outcomes, heading, seconds, finished):
+def page(out, outcomes, heading, seconds, finished, rows=()):
     """The page as text; everything that came out of a notebook is escaped."""
     refresh = "" if finished else f'<meta http-equiv="refresh" content="{REFRESH}">'
     counts = [(status, sum(o.status == status for o in outcomes)) for status in STATUSES]
     told = " · ".join(f"{count} {'done' if status == 'ok' else status}" for status, count in counts if count)
     bar = "".join(f'<i class="{o.status}"></i>' for o in outcomes)
-    rows = "".join(
-        f'<tr><td>{_badge(o)}</td><td><a href="#{escape(o.name)}">{escape(o.name)}</a></td>'
+    contents = "".join(
+        f'<tr><td>{_badge(o)}</td><td><a href="#{escape(o.label)}">{escape(o.label)}</a></td>'
         f'<td>{escape(_title(o))}</td><td class="number">{_duration(o)}</td></tr>'
         for o in outcomes
     )
@@ -80,7 +81,8 @@ def page(out, outcomes, heading, seconds, finished):
         f"<style>{STYLE}</style></head><body><main>\n<h1>{escape(heading)}</h1>"
         f"<p>{state}: {told} of {len(outcomes)} · {span(seconds)}</p>"
         f'<p class="soft">Written {time.strftime("%Y-%m-%d %H:%M:%S")}</p><div class="bar" aria-hidden="true">{bar}</div>\n'
-        f'<div class="wide"><table class="contents"><tbody>{rows}</tbody></table></div>\n'
+        f'<div class="wide"><table class="contents"><tbody>{contents}</tbody></table></div>\n'
+        + (f'<div class="tables">{_rows(rows)}</div>' if rows else "")
         + "\n".join(_section(out, o) for o in outcomes)
         + "\n</main></body></html>\n"
     )
@@ -119,22 +121,23 @@ def export_html(path):
 
 
 def _section(out, outcome):
-    name = escape(outcome.name)
-    links = [("notebook", f"{name}.ipynb"), ("as a page", f"{name}.html"), ("log", f"logs/{name}.log")]
+    name, base, label = escape(outcome.name), out / outcome.folder, escape(outcome.label)
+    at = f"{escape(outcome.folder)}/" if outcome.folder else ""
+    links = [("notebook", f"{at}{name}.ipynb"), ("as a page", f"{at}{name}.html"), ("log", f"{at}logs/{name}.log")]
     shown = " · ".join(f'<a href="{href}">{text}</a>' for text, href in links if (out / href).exists())
     given = " ".join(
         f'<code class="chip">{escape(f"{key} = {value!r}")}</code>' for key, value in outcome.parameters.items()
     )
-    figures = "".join(_figure(out, figure) for figure in outcome.figures)
+    figures = "".join(_figure(base, at, figure) for figure in outcome.figures)
     parts = [
-        f'<section id="{name}"><div class="head"><h2>{escape(_title(outcome))}</h2>'
+        f'<section id="{label}"><div class="head"><h2>{escape(_title(outcome))}</h2>'
         f'{_badge(outcome)}<span class="soft">{_duration(outcome)}</span></div>',
-        f'<p class="soft">{name}{" · " * bool(shown)}{shown}</p>',
+        f'<p class="soft">{label}{" · " * bool(shown)}{shown}</p>',
         f'<p class="soft">with {given}</p>' if given else "",
         _progress(outcome),
         _error(outcome),
         f'<div class="figures">{figures}</div>' if figures else "",
-        *(_record(out / "results" / f"{record}.json") for record in outcome.records),
+        *(_record(base / "results" / f"{record}.json") for record in outcome.records),
     ]
     return "".join(parts) + "</section>"
 
@@ -154,14 +157,14 @@ def _error(outcome):
     return text + (f"<pre>{escape(chr(10).join(lines[-20:]))}</pre>" if lines else "")
 
 
-def _figure(out, name):
-    path = out / "figures" / f"{name}.png"
+def _figure(base, at, name):
+    path = base / "figures" / f"{name}.png"
     if not path.exists():  # the notebook has just been started again
         return ""
     name, png = escape(name), base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{name}" src="data:image/png;base64,{png}"><figcaption class="soft">{name} '
-        f'(<a href="figures/{name}.svg">svg</a>, <a href="figures/{name}.csv">numbers</a>)</figcaption></figure>'
+        f'(<a href="{at}figures/{name}.svg">svg</a>, <a href="{at}figures/{name}.csv">numbers</a>)</figcaption></figure>'
     )
 
 
@@ -173,8 +176,7 @@ def _record(path):
     single, tables = flatten(record.get("metrics") or {})
     parts = [_table(["metric", record["name"]], [[key, value] for key, value in single.items()])] if single else []
     for caption, rows in tables.items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        parts.append(_table(columns, [[row.get(column) for column in columns] for row in rows], caption))
+        parts.append(_rows(rows, caption))
     listed = "\n".join(
         f"{key}: {json.dumps(record[key], ensure_ascii=False)}" for key in ABOUT if record.get(key) is not None
     )
@@ -194,6 +196,12 @@ def flatten(tree, prefix=""):
         else:
             single[f"{prefix}{key}"] = value
     return single, tables
+
+
+def _rows(rows, caption=""):
+    """A table of dictionaries; a key that one of them lacks is an empty cell."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return _table(columns, [[row.get(column) for column in columns] for row in rows], caption)
 
 
 def _table(columns, rows, caption=""):

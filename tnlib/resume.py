@@ -4,7 +4,7 @@
     history.csv         one row every few steps
     checkpoint-STEP/    model and best weights (safetensors), optimizer, scheduler and random states (torch's own format,
                         read with weights_only)
-    student.safetensors, finished.json      the result; the checkpoints are removed then
+    config.json, model.safetensors, finished.json      the result, as from_pretrained reads it; the checkpoints are removed then
 
 A checkpoint is written under another name, flushed to the disk and renamed; so is the result.
 """
@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from tnlib.bars import bars_on_terminals
 from tnlib.records import write_atomic
 
 CLOSE = 1e-3  # relative difference of two tensors' root mean squares that rounding may explain, another start may not
@@ -78,19 +79,24 @@ class Folder:
 
     def finish(self, model, facts):
         """Write the result, mark the folder as finished, and remove the checkpoints."""
-        part = self.path / "student.safetensors.part"
+        part = self.path / "student.part"
         try:
-            save_weights(model, part)
-            part.replace(self.path / "student.safetensors")
+            with bars_on_terminals():
+                model.save_pretrained(part, max_shard_size="100TB")  # one file
+            _flush(part)
+            for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(self.path / file.name)
         except (OSError, SafetensorError) as error:
-            _remove(part)
             raise self._unwritten("the result", error) from error
+        finally:
+            _remove(part)
         write_atomic(self.path / "finished.json", json.dumps(facts) + "\n")
         self._forget()
 
     def load(self, model):
         """Put the result into a model of the same structure."""
-        load_weights_(model, self.path / "student.safetensors")
+        with bars_on_terminals():
+            put_weights_(model, weights(type(model).from_pretrained(self.path)), str(self.path))
 
     def _unwritten(self, what, error):
         kept = self.latest()

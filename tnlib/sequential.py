@@ -23,12 +23,12 @@ from tnlib.fit_store import digest, moment_tensors
 from tnlib.layer_fit import FIT, with_noise
 from tnlib.layers import SplitLinear, dense_layer
 from tnlib.moments import Sums
+from tnlib.native import tell_transformers
 from tnlib.plan import plan, tied_names
 from tnlib.recipe import RecipeError, match
 from tnlib.records import write_atomic
 from tnlib.shapes import check_weight, is_conv1d, weight_of
 from tnlib.surgery import all_built, swap
-from tnlib.ties import tell_ties
 from tnlib.walk import Walk
 
 DENSE, NOW = 0, 1  # tracks of the walk
@@ -83,7 +83,7 @@ def factorize_in_sequence_(
     for claim in claims:
         _keep_value(claim.module, run.layers[claim.name])
         swap(model, claim.name, run.layers[claim.name])
-    tell_ties(model)
+    tell_transformers(model, recipe)
 
 
 def _keep_value(module, layer):

@@ -1,14 +1,18 @@
 """Compress and heal, at once or in a recipe's stages: factorize some modules, heal, factorize more, heal again."""
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from tnlib.heal import heal
 from tnlib.history import History
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
+from tnlib.model_card import CARD, model_card
+from tnlib.native import record_recipe
 from tnlib.plan import plan
 from tnlib.recipe import RecipeError, claims, model_type
+from tnlib.records import write_atomic
 from tnlib.surgery import densify_, factorize_
 
 
@@ -18,7 +22,8 @@ def compress_and_heal(model, recipe, data, budget, *, teacher=None, out=None, se
     model: the dense model, not changed; teacher: for the losses that need one; None: `model` itself
     budget: with stages, its steps are divided among them evenly, the last gets the rest; each starts the schedule anew,
         and reads on in the same order of the data where the one before it ended
-    out: folder; with stages, one folder a stage in it. The same call resumes, see heal
+    out: folder; with stages, one folder a stage in it. The same call resumes, see heal. The student is a checkpoint there,
+        for from_pretrained, with its model card; with stages, in the last stage's folder
     Returns: the student, and its History, in which steps, tokens and seconds run on from stage to stage
     Raises: RecipeError when the recipe has no Heal, or its stages do not end in its rules; what factorize_ and heal raise
     Source: stages as in TQCompressor (arXiv 2401.16367): each compresses a part and distills, the embedding twice.
@@ -40,12 +45,16 @@ def compress_and_heal(model, recipe, data, budget, *, teacher=None, out=None, se
     for number, rules in enumerate(stages):
         _densify_claimed(student, rules)
         factorize_(student, replace(recipe, rules=rules, stages=()), seed=seed + number, progress=progress)
+        if number == len(stages) - 1:
+            record_recipe(student, recipe)
         folder = None if out is None else Path(out) / f"stage-{number}" if recipe.stages else Path(out)
         steps = _share(budget.steps, len(stages), number)
         part = replace(budget, steps=steps)
         histories.append(heal(student, teacher, data, recipe.heal, part, folder, seed, progress, read))
         read += steps * budget.batch * budget.accumulate
     assert sum(p.numel() for p in student.parameters()) == total
+    if out is not None and os.environ.get("RANK", "0") == "0":
+        write_atomic(folder / CARD, model_card(student))
     return student, joined(histories, bool(recipe.stages))
 
 

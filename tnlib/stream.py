@@ -1,7 +1,7 @@
 """Factorize a checkpoint on disk, one matrix after the other, on a machine that could not hold the model.
 
     tn.factorize_folder("llama-2-7b", tn.papers["compactifai"], "llama-2-7b-mpo")
-    model = tn.load_factorized("llama-2-7b-mpo")
+    model = AutoModelForCausalLM.from_pretrained("llama-2-7b-mpo")
 
 The model is built without weights, factorized so, and says which tensors the result has; each is then read, or decomposed from
 the one matrix that it comes from, and written. Memory: one matrix while it is decomposed, and one shard of the result.
@@ -23,34 +23,40 @@ from tqdm.auto import tqdm
 
 from tnlib.assets import fetch
 from tnlib.build import Fit, build
-from tnlib.checkpoint_files import INDEX, identity, stored_tensors
+from tnlib.checkpoint import GUARD
+from tnlib.checkpoint_files import CONFIG, INDEX, identity, skeleton_of, stored_config, stored_tensors
 from tnlib.fit_store import digest, moment_tensors
+from tnlib.layer_data import replaced
+from tnlib.model_card import CARD, model_card
+from tnlib.rebuild import describe
 from tnlib.recipe import match
 from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
 from tnlib.shapes import check_weight, weight_of
-from tnlib.streamed import FACTS, skeleton_of
 from tnlib.surgery import check_stats, factorize_, partners
 
 BESIDE = (".json", ".jinja", ".model", ".tiktoken", ".txt")  # configuration and tokenizer
-GUARD = "weight"  # what transformers expects in a dense module; one number there is a shape that it refuses
 
 
 def factorize_folder(folder, recipe, out, stats=None, *, fit=None, seed=0, shard_mb=256, progress=None):
     """Write to `out` what factorize_(model, recipe, stats, fit=fit, seed=seed) makes of the checkpoint in `folder`; returns None.
 
     folder: a transformers checkpoint in safetensors, one file or shards (or an asset's or hub name, as in fetch). It is only read
-    out: a new folder: shards of at most `shard_mb` MB (more where one matrix is larger), their index, configuration and
-        tokenizer files, and the recipe and the errors of all layers in tnlib.json. Read it with load_factorized
+    out: a new folder, a checkpoint that from_pretrained reads: shards of at most `shard_mb` MB (more where one matrix is
+        larger), their index, tokenizer files, a model card, and a config.json that has recipe, layers and their errors
     shard_mb: also the unit of resuming: a call that was killed goes on, in `out`.part, with the first shard that is missing
     progress: a bar over tensors (default: only on a terminal)
-    Tensors are decomposed in float32 and stored in the type that they had. What the model does not know is left out. Each
-    replaced weight leaves one number under its name, so that from_pretrained fails there instead of drawing a random one.
+    Tensors are decomposed in float32 and stored in the type that they had. What the model does not know is left out.
     Raises: RecipeError and ShapeError as factorize_, naming recipe and module; ValueError for a damaged or incomplete
         checkpoint, and for an `out` that is another one; OSError where it cannot be written
-    Exact: load_factorized(out) has bit for bit the tensors that factorize_ leaves in memory.
+    Exact: from_pretrained(out) has bit for bit the tensors that factorize_ leaves in memory.
     """
     source, out = fetch(folder), Path(out)
+    if method := stored_config(source).get("quant_method"):
+        raise ValueError(
+            f"factorize_folder: {source} is compressed already, by {method}; needed a dense checkpoint. Load it, call "
+            "model.dequantize() and save that."
+        )
     files = stored_tensors(source)
     facts = {"recipe": recipe.to_dict(), "seed": seed, "shard_mb": shard_mb, "source": identity(files)}
     if stats is not None:
@@ -59,7 +65,8 @@ def factorize_folder(folder, recipe, out, stats=None, *, fit=None, seed=0, shard
     work = out.with_name(f"{out.name}.part")
     if _is_there(source, out, work, facts):
         return
-    units = _units(skeleton_of(source), recipe, files, seed, stats, fit)
+    model = skeleton_of(source)
+    units = _units(model, recipe, files, seed, stats, fit)
     shards = _shards(units, shard_mb * 1e6)
     names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
     hide = not (sys.stderr.isatty() if progress is None else progress)
@@ -69,7 +76,7 @@ def factorize_folder(folder, recipe, out, stats=None, *, fit=None, seed=0, shard
                 _write_shard(work / name, shard, bar)
             else:
                 bar.update(len(shard))
-    _finish(source, work, names, facts)
+    _finish(source, work, names, model, facts)
     if out.exists():
         out.rmdir()  # it was empty
     work.rename(out)
@@ -82,18 +89,18 @@ def _is_there(source, out, work, facts):
             f"factorize_folder: got out={out}, the checkpoint itself; needed another folder. Choose a new one."
         )
     for folder in (out, work):
-        there = json.loads((folder / FACTS).read_text("utf-8")) if (folder / FACTS).exists() else None
+        there = stored_config(folder).get("run")
         if there is None and any(not path.name.startswith(".") for path in folder.glob("*")):
             raise ValueError(f"factorize_folder: {folder} holds other files; needed a new folder. Choose another out=.")
-        if there is not None and {key: there[key] for key in facts} != facts:
-            odd = ", ".join(key for key in facts if there[key] != facts[key])
+        if there is not None and there != facts:
+            odd = ", ".join(key for key in {**facts, **there} if there.get(key) != facts.get(key))
             raise ValueError(
                 f"factorize_folder: {folder} is of another run (another {odd}); needed the same one to go on. Choose another out=, "
                 "or delete it."
             )
-    if (out / FACTS).exists():
+    if stored_config(out):
         return True
-    write_atomic(work / FACTS, json.dumps(facts))
+    write_atomic(work / CONFIG, json.dumps({"quantization_config": {"run": facts}}))
     return False
 
 
@@ -202,18 +209,32 @@ def _write_shard(path, shard, bar):
         ) from error
 
 
-def _finish(source, work, names, facts):
-    """Index, configuration and tokenizer files beside the shards, and the errors of all layers."""
-    where, errors, size = {}, {}, 0
+def _finish(source, work, names, model, facts):
+    """Index, configuration, model card and tokenizer files beside the shards; the errors of all layers are in the shards."""
+    where, size = {}, 0
     for name in names:
         with safe_open(work / name, framework="pt") as file:
             where |= dict.fromkeys(file.keys(), name)
-            errors |= json.loads(file.metadata()["errors"])
+            _note_errors(model, json.loads(file.metadata()["errors"]))
         size += (work / name).stat().st_size
     for part in work.glob("*.new"):  # of runs that were killed
         part.unlink()
     for path in source.iterdir():
-        if path.suffix in BESIDE and not path.name.endswith(".index.json"):
+        if path.suffix in BESIDE and not path.name.endswith(".index.json") and path.name != CONFIG:
             shutil.copyfile(path, work / path.name)
     write_atomic(work / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=1))
-    write_atomic(work / FACTS, json.dumps(facts | {"errors": errors}, indent=1))
+    ours = model.hf_quantizer.quantization_config
+    describe(model, ours)
+    config = json.loads((source / CONFIG).read_text("utf-8")) | {"quantization_config": ours.to_dict() | {"run": facts}}
+    write_atomic(work / CARD, model_card(model, base=source.name, size_mb=size / 1e6))
+    write_atomic(work / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _note_errors(model, errors):
+    """Give layers on the meta device the errors that were measured; a tied head has its embedding's factors, and so its error."""
+    for name, error in errors.items():
+        layer = model.get_submodule(name)
+        first = next(layer.parameters())
+        for other in replaced(model).values():
+            if other is layer or next(other.parameters()) is first:
+                other.error = error

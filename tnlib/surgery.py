@@ -9,11 +9,12 @@ from tqdm.auto import tqdm
 
 from tnlib.build import Fit, build, keep_bias, kept_layer
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear, dense_layer
-from tnlib.packing import Packed, QuantizedEmbedding, is_packed
+from tnlib.native import tell_transformers
+from tnlib.packing import Packed, QuantizedEmbedding
 from tnlib.plan import plan, tied_names
+from tnlib.quant import FakeQuantize
 from tnlib.recipe import RecipeError, match
 from tnlib.shapes import ShapeError, check_weight, is_conv1d, weight_of
-from tnlib.ties import tell_ties
 
 
 def factorize_(model, recipe, stats=None, *, fit=None, seed=0, progress=None, out=None):
@@ -52,12 +53,12 @@ def factorize_(model, recipe, stats=None, *, fit=None, seed=0, progress=None, ou
         built.append(one)
         new[claim.name] = one.layer
         for other in uses[claim.name][1:]:
-            new[other] = _share(model.get_submodule(other), one.layer)
+            new[other] = share_layer(model.get_submodule(other), one.layer)
     for one in built:
         one.write_bias()
     for name, layer in new.items():
         swap(model, name, layer)
-    tell_ties(model)
+    tell_transformers(model, recipe)
 
 
 def check_stats(stats, uses):
@@ -83,10 +84,10 @@ def densify_(model, names=None):
     for name, layer in list(model.named_modules()):
         stored = _stored(layer)
         if stored is not None and ".parts." not in name and (names is None or name in names):
-            dense = _unpacked(layer) if is_packed(layer) else layer.to_dense()
+            dense = layer.to_dense() if hasattr(layer, "to_dense") else _off_grid(layer)
             dense.weight = tables.setdefault(id(stored), dense.weight)
             swap(model, name, keep_bias(layer, dense))
-    tell_ties(model)
+    tell_transformers(model)
 
 
 def _stored(layer):
@@ -98,20 +99,23 @@ def _stored(layer):
         return _stored(layer.parts[0])
     if isinstance(layer, QuantizedEmbedding):
         return layer.packed
-    if is_packed(layer):
-        return layer.parametrizations.weight[0]
-    if not isinstance(layer, (FactorizedLinear, FactorizedEmbedding)):
-        return None
-    first = next(iter(layer.form.factor_shapes(layer.shape)))
-    if first not in getattr(layer, "parametrizations", {}):
-        return getattr(layer, first)
-    grid = layer.parametrizations[first]
-    return grid[0] if isinstance(grid[0], Packed) else grid.original
+    factorized = isinstance(layer, (FactorizedLinear, FactorizedEmbedding))
+    first = next(iter(layer.form.factor_shapes(layer.shape))) if factorized else "weight"
+    grids = getattr(layer, "parametrizations", {})
+    if first not in grids:
+        return getattr(layer, first) if factorized else None
+    grid = grids[first]
+    if isinstance(grid[0], FakeQuantize):
+        return grid.original
+    return grid[0] if isinstance(grid[0], Packed) else None
 
 
-def _unpacked(layer):
-    """A dense layer again, with the weight that its codes stand for."""
-    return dense_layer(weight_of(layer).clone(), layer.bias, "Conv1D" if is_conv1d(layer) else "Linear", layer.training)
+def _off_grid(layer):
+    """A dense layer again, with the weight that its grid leaves of it."""
+    weight = weight_of(layer).detach().clone()
+    if isinstance(layer, nn.Embedding):
+        return nn.Embedding(*weight.shape, layer.padding_idx, _weight=weight).train(layer.training)
+    return dense_layer(weight, layer.bias, "Conv1D" if is_conv1d(layer) else "Linear", layer.training)
 
 
 def all_built(claims, make):
@@ -140,7 +144,7 @@ def partners(model, recipe, name, module, rule):
     return others
 
 
-def _share(module, layer):
+def share_layer(module, layer):
     """A layer for a tied module that uses `layer`'s parameters; its own bias stays."""
     meta = {"device": "meta", "draw": False}
     if isinstance(module, nn.Embedding):

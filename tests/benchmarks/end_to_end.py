@@ -100,7 +100,7 @@ def load_time(name, asked):
         if name in FORMS:
             folder = Path(scratch) / "student"
             tn.factorize_folder(ASSET, recipe(name), folder, progress=False)
-            load = partial(tn.load_factorized, folder)
+            load = partial(tn.load, folder)
         load()
         taken = []
         for _ in range(LOADS):

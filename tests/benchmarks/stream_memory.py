@@ -3,8 +3,8 @@
     python tests/benchmarks/stream_memory.py [--layers 3] [--folder FOLDER] [--recipe compactifai] [--shard-mb 256]
 
 The checkpoint (0.4 GB a layer and 0.5 GB of embedding and head) is written shard by shard if it is not there. The work is done
-in a fresh process, whose largest resident set (Linux) is printed beside what it was after the imports; it must not grow with
---layers.
+in a fresh process, whose largest resident set (Linux) is printed beside what it was after the imports, and beside its bound,
+four times the largest matrix and 1 GiB; it must not grow with --layers.
 """
 
 import argparse
@@ -70,6 +70,8 @@ def main():
         f"{asked.layers} layers, {before:,.0f} MB -> {after:,.0f} MB in {found['seconds']:.0f} s, {settings[2]} threads"
     )
     print(f"peak {found['peak_mb']:,.0f} MiB resident, {found['idle_mb']:,.0f} of them after the imports")
+    bound = 4 * largest * mb / 2**20 + 1024
+    print(f"bound {bound:,.0f} MiB: {'kept' if found['peak_mb'] <= bound else 'broken'}")
     print(
         f"for comparison: one block {block:,.0f} MB, its largest matrix {largest:,.0f} MB, {2 * largest:,.0f} in float32"
     )
