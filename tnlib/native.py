@@ -4,7 +4,6 @@ import copy
 import sys
 
 from tnlib.layer_data import replaced
-from tnlib.packing import Packed
 from tnlib.ties import tell_ties
 
 METHOD = "tnlib"  # quant_method in config.json
@@ -31,7 +30,7 @@ def tell_transformers(model, recipe=None, quantize=None):
         quantizer = _new_quantizer(model)
     if is_ours(quantizer):
         quantizer.quantization_config.note(recipe, quantize)
-        model.is_quantized = any(isinstance(module, Packed) for module in model.modules())  # those may not change their type
+        model.is_quantized = False  # transformers would refuse model.half() and model.float(), which tnlib's layers bear
 
 
 def record_recipe(model, recipe):
