@@ -19,7 +19,7 @@ RUNGS = [
     ["van_loan", "sweeps", "token_file", "tasks", "predict", "rouge", "summaries"],
     ["arrange"],
     ["permute"],
-    ["low_rank", "kronecker", "tensor_train"],
+    ["low_rank", "block_low_rank", "kronecker", "tensor_train"],
     ["tt_matrix", "weighted_kronecker"],
     ["weighted_train"],
     ["weighted"],

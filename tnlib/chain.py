@@ -24,7 +24,7 @@ GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are 
 
 
 class Chain:
-    """Links, Terms and Turns.
+    """Links, Terms, Aparts and Turns.
 
     sizes: numbers that a token has before, between and after them
     spare: numbers that the factors, and what was merged of them, save against the dense weight
