@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tnlib.block_low_rank import BlockLowRank
 from tnlib.choose import bucket
 from tnlib.kronecker import Kronecker
-from tnlib.low_rank import LowRank
+from tnlib.low_rank import LowRank, low_rank
 from tnlib.shapes import ShapeError
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO, TTMatrix
@@ -91,6 +91,18 @@ def test_random_factors_have_the_variance_asked_for(form):
 
 def test_resolving_twice_changes_nothing(form):
     assert form.resolve(SHAPE) == form
+
+
+def test_one_band_is_low_rank_and_bands_are_low_rank_each(weight):
+    whole, one = LowRank(rank=5).resolve(SHAPE), BlockLowRank(bands=1, rank=5).resolve(SHAPE)
+    (factors, error), (same, also) = whole.decompose(weight), one.decompose(weight)
+    assert torch.allclose(one.to_dense(same, SHAPE), whole.to_dense(factors, SHAPE))
+    assert also == pytest.approx(float(error))
+    assert one.num_params(SHAPE) == whole.num_params(SHAPE)
+    assert BlockLowRank(bands=1, kept=0.5).resolve(SHAPE).rank == LowRank(kept=0.5).resolve(SHAPE).rank
+    three = BlockLowRank(bands=3, rank=2).resolve(SHAPE)
+    alone = [low_rank(band, 2) for band in weight.chunk(3, 1)]
+    assert torch.allclose(three.to_dense(three.decompose(weight)[0], SHAPE), torch.cat([a.left @ a.right for a in alone], 1))
 
 
 def test_kept_is_a_budget_that_is_filled():
