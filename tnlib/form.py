@@ -1,7 +1,8 @@
 """What every format offers: a Form is shapes and ranks, never tensors.
 
-The formats are in low_rank.py, kronecker.py and tensor_train.py, one file each. A Form may be loose ("keep half", "right
-factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with the ranks that are really possible.
+The formats are in low_rank.py, block_low_rank.py, kronecker.py, tensor_train.py and tt_matrix.py, one file each. A Form may be
+loose ("keep half", "right factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with the ranks that
+are really possible.
 """
 
 import math

@@ -191,6 +191,7 @@ def matrix_grad(link, grad, seen, total):
 
 
 def _term_grads(link, grad, seen):
+    """Gradients of the matrices of Terms, or of an Apart: (k, m, n)."""
     (k, m, _), parts = link.matrix.shape, _parts(link, seen)
     if isinstance(link, Apart):
         return torch.bmm(grad.view(-1, k, m).permute(1, 2, 0), parts)

@@ -75,7 +75,8 @@ def alternate_bands(form, factors, weight, metric, sweeps):
     Exact: with bands=1 it is whitened_svd; so is each band where the metric has no `second`, as bands do not meet then.
     """
     weight, metric = weight.double(), metric.to(torch.float64)
-    columns = [slice(k, k + weight.shape[1] // form.bands) for k in range(0, weight.shape[1], weight.shape[1] // form.bands)]
+    step = weight.shape[1] // form.bands
+    columns = [slice(k * step, (k + 1) * step) for k in range(form.bands)]
     whites = [_Whitened(Metric(_block(metric.second, own), metric.rows, metric.outputs)) for own in columns]
     alone = [white.nearest(form.rank, weight[:, own]) for white, own in zip(whites, columns)]
     if form.bands > 1 and metric.second is not None:
