@@ -1,10 +1,11 @@
-"""Shared by all tests: fixed seeds, and the five forms that most tables run over."""
+"""Shared by all tests: fixed seeds, and the forms that most tables run over."""
 
 import signal
 
 import pytest
 import torch
 
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.tensor_train import TensorTrain
@@ -17,6 +18,9 @@ SHAPE = (24, 36)  # (out, in): small, not square, many divisors
 FORMS = [
     LowRank(rank=5),
     LowRank(kept=0.5),
+    BlockLowRank(rank=5),
+    BlockLowRank(bands=3, kept=0.6),
+    BlockLowRank(bands=1, rank=4),
     Kronecker(right=(2, 3), terms=2),
     Kronecker(left=(4, 3), terms=3, scaled=True),
     Kronecker(right=(2, 1)),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from tnlib.allocate import allocate
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.hand_rules import attention_split, compactifai_rules, uniform_rank, uniform_ratio, with_rank
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
@@ -172,7 +173,14 @@ def test_what_is_refused(arguments, error, words):
 
 # --- hand rules ----------------------------------------------------------------------------------------------------------
 
-KINDS = [LowRank(kept=1), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2)), MPO(order=2, max_rank=3)]
+KINDS = [
+    LowRank(kept=1),
+    BlockLowRank(kept=1),
+    MPO(order=2),
+    TensorTrain(order=2),
+    Kronecker(right=(2, 2)),
+    MPO(order=2, max_rank=3),
+]
 HAND = [uniform_ratio, uniform_rank, compactifai_rules, attention_split]
 
 

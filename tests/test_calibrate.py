@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import CONFIGS, logits, tiny
 
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.calibrate import calibrate, calibrate_parts, join_calibrations, load_calibration
 from tnlib.gradients import with_gradients
 from tnlib.kronecker import Kronecker
@@ -28,7 +29,13 @@ from tnlib.walk import Walk
 
 WINDOWS = torch.randint(2, 90, (12, 16), generator=torch.Generator().manual_seed(0))
 STACKED = [family for family in CONFIGS if not family.startswith("t5")]
-HALF = [LowRank(kept=0.5), MPO(order=2, kept=0.5), TensorTrain(order=2, kept=0.5), Kronecker(right=(2, 2), terms=2)]
+HALF = [
+    LowRank(kept=0.5),
+    MPO(order=2, kept=0.5),
+    TensorTrain(order=2, kept=0.5),
+    Kronecker(right=(2, 2), terms=2),
+    BlockLowRank(kept=0.5),
+]
 
 
 def recipe(form, *wheres):

@@ -11,6 +11,7 @@ from test_surgery import IDS, recipe
 from tiny import AUTO, CONFIGS, LLAMA, logits, tiny
 
 from tnlib.baselines import factorize_by_, prune_, svd_llm
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.calibrate import calibrate
 from tnlib.checkpoint import FORMAT, TNConfig
 from tnlib.checkpoint_files import stored_config
@@ -39,12 +40,14 @@ FAMILIES = [family for family in CONFIGS if family != "qwen2"]  # Llama's layers
 FOUR = Quantize(bits=4, scales="channel")
 HALF = recipe(MPO(order=2, kept=0.5), "linear")
 TIED = recipe(LowRank(rank=4), "linear", "embedding")
+BANDS = recipe(BlockLowRank(bands=2, rank=3), "linear", "embedding")
 PERMUTED = recipe(Kronecker(right=(1, 4), permute="both"), "embedding")
 KINDS = {
     "compressed": lambda model: factorize_(model, HALF),
     "tied": lambda model: factorize_(model, TIED),
     "permuted": lambda model: factorize_(model, PERMUTED),
     "quantized": lambda model: (factorize_(model, TIED), quantize_(model, FOUR)),
+    "quantized bands": lambda model: (factorize_(model, BANDS), quantize_(model, FOUR)),
     "quantized permuted": lambda model: (factorize_(model, PERMUTED), quantize_(model, Quantize(bits=8, symmetric=False))),
     "dense in 8 bits": lambda model: quantize_(model, Quantize(bits=8, what="dense", scales="channel")),
     "both": lambda model: (factorize_(model, HALF), quantize_(model, FOUR), quantize_(model, Quantize(bits=8, what="dense"))),

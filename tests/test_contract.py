@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnlib as tn
 from tnlib import chain, choose, links, machine
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.choose import Case
 from tnlib.contract import Copy, Move, Product, merge, partitions
 from tnlib.factorized import materialize_
@@ -207,6 +208,18 @@ def test_predicted_flops_are_those_that_torch_counts(form, monkeypatch):
         with counter, torch.no_grad():
             form.contract(x, factors, SHAPE, plan.name)
         assert counter.get_total_flops() == plan.flops, plan.name
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4])
+def test_bands_multiply_what_low_rank_of_as_many_numbers_does(bands):
+    form, (out, width), tokens = BlockLowRank(bands=bands, rank=6).resolve(SHAPE), SHAPE, 9
+    assert form.plans(SHAPE, tokens)[0].flops == 2 * tokens * 6 * (width + bands * out) == 2 * tokens * form.num_params(SHAPE)
+    assert form.flops(SHAPE, tokens) == 2 * tokens * form.num_params(SHAPE)
+    (gather,) = form.row_plans(SHAPE, tokens)
+    factors, counter = form.random(SHAPE), FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        form.rows(torch.arange(tokens), factors, SHAPE)
+    assert counter.get_total_flops() == gather.flops == 2 * tokens * 6 * width
 
 
 def test_what_a_plan_holds_is_what_its_matrices_take_beside_the_factors(form):
@@ -444,7 +457,7 @@ def test_an_unknown_policy_is_refused(layer):
 # ---- compiled, autocast, explained
 
 
-@pytest.mark.parametrize("form", [Kronecker(right=(2, 3), terms=2), Kronecker(right=(2, 1)), MPO(order=3, max_rank=2)], ids=str)
+@pytest.mark.parametrize("form", [Kronecker(right=(2, 3), terms=2), Kronecker(right=(2, 1)), MPO(order=3, max_rank=2), BlockLowRank(rank=5)], ids=str)
 def test_a_compiled_layer_serves_all_token_counts_with_one_graph(form):
     torch._dynamo.reset()  # its limit of graphs is one for all layers of a process
     layer = FactorizedLinear(form, SHAPE).eval()

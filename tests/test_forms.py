@@ -9,15 +9,18 @@ from conftest import SHAPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.choose import bucket
 from tnlib.kronecker import Kronecker
-from tnlib.low_rank import LowRank
+from tnlib.low_rank import LowRank, low_rank
 from tnlib.shapes import ShapeError
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO, TTMatrix
 
 EXACT = [
     LowRank(rank=10**6),
+    BlockLowRank(rank=10**6),
+    BlockLowRank(bands=4, rank=10**6),
     Kronecker(right=(2, 3), terms=10**6),
     Kronecker(left=(4, 6), terms=10**6, scaled=True),
     TensorTrain(order=2),
@@ -90,9 +93,22 @@ def test_resolving_twice_changes_nothing(form):
     assert form.resolve(SHAPE) == form
 
 
+def test_one_band_is_low_rank_and_bands_are_low_rank_each(weight):
+    whole, one = LowRank(rank=5).resolve(SHAPE), BlockLowRank(bands=1, rank=5).resolve(SHAPE)
+    (factors, error), (same, also) = whole.decompose(weight), one.decompose(weight)
+    assert torch.allclose(one.to_dense(same, SHAPE), whole.to_dense(factors, SHAPE))
+    assert also == pytest.approx(float(error))
+    assert one.num_params(SHAPE) == whole.num_params(SHAPE)
+    assert BlockLowRank(bands=1, kept=0.5).resolve(SHAPE).rank == LowRank(kept=0.5).resolve(SHAPE).rank
+    three = BlockLowRank(bands=3, rank=2).resolve(SHAPE)
+    alone = [low_rank(band, 2) for band in weight.chunk(3, 1)]
+    assert torch.allclose(three.to_dense(three.decompose(weight)[0], SHAPE), torch.cat([a.left @ a.right for a in alone], 1))
+
+
 def test_kept_is_a_budget_that_is_filled():
     for loose in (
         LowRank(kept=0.5),
+        BlockLowRank(kept=0.5),
         TensorTrain(order=2, kept=0.5),
         MPO(order=2, kept=0.5),
         Kronecker(right=(2, 2), kept=0.5),
@@ -103,7 +119,7 @@ def test_kept_is_a_budget_that_is_filled():
         assert form.share(shape) > 0.24, form  # one more term or rank would not fit
 
 
-@pytest.mark.parametrize("make", [lambda r: LowRank(rank=r), lambda r: MPO(order=3, max_rank=r), lambda r: TensorTrain(order=2, max_rank=r),
+@pytest.mark.parametrize("make", [lambda r: LowRank(rank=r), lambda r: BlockLowRank(rank=r), lambda r: MPO(order=3, max_rank=r), lambda r: TensorTrain(order=2, max_rank=r),
                                   lambda r: Kronecker(right=(2, 3), terms=r)])  # fmt: skip
 def test_error_does_not_grow_with_rank(make, weight):
     errors = [float(make(r).resolve(SHAPE).decompose(weight)[1]) for r in range(1, 12)]
@@ -116,6 +132,12 @@ BAD = [
     (lambda: LowRank(kept=0.5, rank=3), "needed one of the two"),
     (lambda: LowRank(kept=1.5), "kept=1.5; needed a share above 0"),
     (lambda: LowRank(kept=0.001).resolve(SHAPE), "leaves rank 0; raise kept"),
+    (lambda: BlockLowRank(rank=0), "BlockLowRank: got rank=0; needed positive integers"),
+    (lambda: BlockLowRank(bands=0, rank=2), "bands=0; needed positive integers"),
+    (lambda: BlockLowRank(bands=2), "needed one of the two"),
+    (lambda: BlockLowRank(bands=5, rank=2).resolve(SHAPE), r"5 do not divide weight \(24, 36\).*from \[1, 2, 3, 4, 6, 9, 12, 18, 36\]"),
+    (lambda: BlockLowRank(bands=2, kept=0.01).resolve(SHAPE), "rank 0 for each of 2 bands; raise kept, or choose fewer"),
+    (lambda: BlockLowRank(rank=2).resolve(SHAPE).decompose(torch.randn(SHAPE), "als"), "this format knows svd"),
     (lambda: Kronecker(), "neither left nor right"),
     (lambda: Kronecker(right=(3, 2)).resolve((256, 64)), r"right factor \(3, 2\) does not divide weight \(256, 64\)"),
     (lambda: Kronecker(right=(2, 2), left=(3, 3)).resolve(SHAPE), "Give only one of them"),
@@ -143,13 +165,14 @@ def test_bad_forms_say_what_to_do(call, words):
 
 def test_ranks_beyond_the_possible_become_the_actual_ones():
     assert LowRank(rank=999).resolve(SHAPE).rank == 24
+    assert [BlockLowRank(bands=b, rank=999).resolve(SHAPE).rank for b in (1, 2)] == [24, 18]
     assert Kronecker(right=(2, 3), terms=999).resolve(SHAPE).terms == 6
     assert TTMatrix(order=3, max_rank=999).resolve((24, 36)).ranks == (1, 6, 16, 1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([LowRank(kept=0.7), MPO(order=2, kept=0.7), TensorTrain(order=2, kept=0.9), Kronecker(right=(2, 2), kept=0.7)]),
+    st.sampled_from([LowRank(kept=0.7), BlockLowRank(kept=0.8), MPO(order=2, kept=0.7), TensorTrain(order=2, kept=0.9), Kronecker(right=(2, 2), kept=0.7)]),
     st.sampled_from([8, 12, 18, 20, 36]), st.sampled_from([8, 12, 30, 32]),
 )  # fmt: skip
 def test_any_form_on_any_shape_keeps_its_promises(loose, out, width):

@@ -11,6 +11,7 @@ from tiny import CONFIGS, tiny
 from torch import nn
 
 import tnlib.local
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.layer_fit import fit_metric
 from tnlib.layers import FactorizedLinear
@@ -32,8 +33,14 @@ ORDERED = [
     Kronecker(right=(2, 3), terms=3, permute="rows"),
     Kronecker(right=(1, 2), terms=1, scaled=True, permute="columns"),
 ]
-HALF = [LowRank(kept=0.5), MPO(order=2, kept=0.5), TensorTrain(order=2, kept=0.5), Kronecker(right=(2, 2), terms=2)]
-FULL = [LowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=4)]
+HALF = [
+    LowRank(kept=0.5),
+    MPO(order=2, kept=0.5),
+    TensorTrain(order=2, kept=0.5),
+    Kronecker(right=(2, 2), terms=2),
+    BlockLowRank(kept=0.5),
+]
+FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=4)]
 
 
 def recipe(form, *wheres, **options):
@@ -151,7 +158,9 @@ def test_low_rank_with_row_weights_reaches_its_bound_too():
 
 
 @pytest.mark.parametrize(
-    "form", [LowRank(rank=7), Kronecker(right=(2, 3), terms=2), Kronecker(left=(4, 3), terms=3, scaled=True)], ids=str
+    "form",
+    [LowRank(rank=7), BlockLowRank(rank=7), Kronecker(right=(2, 3), terms=2), Kronecker(left=(4, 3), terms=3, scaled=True)],
+    ids=str,
 )
 def test_white_inputs_make_the_least_squares_start_a_fixed_point(form, weight):
     form = form.resolve(tuple(weight.shape))
@@ -168,7 +177,7 @@ def test_other_forms_go_downhill(form, weight):
     factors, how = fit_weighted(form, start, weight, Metric(second), steps=100)
     before, after = (Metric(second).error(weight - form.to_dense(f, weight.shape), weight) for f in (start, factors))
     assert after < 0.9 * before
-    assert how == ("alternating" if isinstance(form, Kronecker) else "sweeps")
+    assert how == ("alternating" if isinstance(form, (Kronecker, BlockLowRank)) else "sweeps")
 
 
 def test_alternation_never_goes_uphill_and_agrees_with_plain_least_squares(weight):
@@ -188,10 +197,10 @@ def test_alternation_never_goes_uphill_and_agrees_with_plain_least_squares(weigh
     assert float((target - best).norm() / target.norm()) == pytest.approx(errors[-1], rel=1e-9)
 
 
-def test_a_table_with_two_uses_is_fitted_to_both():
+@pytest.mark.parametrize("form", [LowRank(rank=6), BlockLowRank(rank=6)], ids=str)
+def test_a_table_with_two_uses_is_fitted_to_both(form):
     weight, rows = torch.randn(24, 36, dtype=torch.float64), torch.rand(24, dtype=torch.float64)
     both = Metric(uneven(36), rows)
-    form = LowRank(rank=6)
     start = form.decompose(weight)[0]
     factors, how = fit_weighted(form, start, weight, both, steps=200)
     scaled = both.relative_to(weight)

@@ -364,6 +364,11 @@ def test_an_embedding_looks_up_what_the_whole_table_says(bits, scales, symmetric
     right = torch.randn(8, 6)
     low_rank = QuantizedEmbedding(layer.packed, right)
     assert torch.allclose(low_rank(ids), layer(ids) @ right, atol=1e-5)  # another order of float32 sums
+    in_bands = QuantizedEmbedding(layer.packed, torch.randn(2, 4, 3))
+    left, right = layer(ids).split(4, -1), in_bands.right
+    assert torch.allclose(in_bands(ids), torch.cat([left[0] @ right[0], left[1] @ right[1]], -1), atol=1e-5)
+    assert torch.allclose(in_bands.to_dense()(ids), in_bands(ids), atol=1e-5)
+    assert in_bands.embedding_dim == 6
     for bad in (50, -1):
         with pytest.raises(IndexError):
             layer(torch.tensor([bad]))

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 
 from tnlib import (
     MPO,
+    BlockLowRank,
     Budget,
     FactorizedEmbedding,
     FactorizedLinear,
@@ -58,6 +59,7 @@ FORMS = [
     Kronecker(right=(2, 2), terms=2, scaled=True, permute="both"),
     TensorTrain(order=2, max_rank=6),
     MPO(order=2, max_rank=6),
+    BlockLowRank(rank=8),
 ]
 
 

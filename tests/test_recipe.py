@@ -99,7 +99,7 @@ BAD = [
     (lambda: Recipe.from_dict({"name": "x", "rulez": []}), "got unknown rulez; needed some of name, rules"),
     (
         lambda: Recipe.from_dict({"name": "x", "rules": [{"where": "mlp", "form": {"kind": "CP"}}]}),
-        "needed one of LowRank, Kronecker",
+        "needed one of LowRank, BlockLowRank, Kronecker",
     ),
     (
         lambda: Recipe.from_dict({"name": "x", "rules": [{"where": "mlp", "form": {"kind": "LowRank", "rnak": 2}}]}),

@@ -17,6 +17,7 @@ from test_surgery import IDS, recipe
 from tiny import AUTO, LLAMA, tiny
 
 import tnlib.stream
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.calibrate import calibrate
 from tnlib.checkpoint_files import stored_config
 from tnlib.kronecker import Kronecker
@@ -38,6 +39,7 @@ CASES = {
         HALF,
         recipe(LowRank(rank=4), "mlp", "embedding"),
         recipe(Kronecker(right=(1, 4), permute="both"), "embedding"),
+        recipe(BlockLowRank(bands=3, rank=4), "mlp", "embedding"),
     ],
     "gpt2": [
         recipe(LowRank(rank=5), "qkv", split=3),

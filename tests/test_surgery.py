@@ -10,6 +10,7 @@ from torch import nn
 
 import tnlib.surgery
 from tnlib import build
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.low_rank import LowRank
@@ -24,8 +25,14 @@ from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
 
 IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-FULL = [LowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=10**6)]
-HALF = [LowRank(kept=0.5), MPO(order=2, kept=0.5), TensorTrain(order=2, kept=0.5), Kronecker(right=(2, 2), terms=1)]
+FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=10**6)]
+HALF = [
+    LowRank(kept=0.5),
+    BlockLowRank(kept=0.5),
+    MPO(order=2, kept=0.5),
+    TensorTrain(order=2, kept=0.5),
+    Kronecker(right=(2, 2), terms=1),
+]
 
 
 def recipe(form, *wheres, **options):

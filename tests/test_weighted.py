@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.contract import merge
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
@@ -148,6 +149,60 @@ def test_low_rank_of_inputs_and_gradients_reaches_the_bound_of_both_whitenings(r
     bound = (values[rank:].square().sum() / values.square().sum()).sqrt()
     assert how == "closed form"
     assert metric.error(weight - factors["left"] @ factors["right"], weight) == pytest.approx(float(bound), abs=1e-6)
+
+
+BANDS = {
+    "inputs": Metric(uneven(24)),
+    "both sides": Metric(uneven(24), outputs=uneven(24, 5)),
+    "fewer inputs than axes": Metric(matrix(24, 15, 9) @ matrix(24, 15, 9).T),
+}
+
+
+@pytest.mark.parametrize("name", BANDS)
+@pytest.mark.parametrize("bands", [2, 3])
+def test_bands_never_go_uphill_and_settle_below_bands_fitted_alone(name, bands):
+    weight, metric, form = matrix(), BANDS[name], BlockLowRank(bands=bands, rank=3).resolve((24, 24))
+    plain = form.decompose(weight)[0]
+    errors = [metric.error(weight - form.to_dense(plain, (24, 24)), weight)]
+    for sweeps in (*range(8), 200, 201):  # with none: the bands fitted alone, if that is better
+        factors, how = fit_weighted(form, plain, weight, metric, steps=sweeps)
+        errors.append(metric.error(weight - form.to_dense(factors, (24, 24)), weight))
+    assert how == "alternating"
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < errors[1]
+    assert errors[-1] < 0.95 * errors[1]
+    assert errors[-1] == errors[-2]  # settled
+
+
+def test_the_last_band_of_a_sweep_is_the_whitened_svd_of_what_the_others_leave_it():
+    weight, metric, form = matrix(), Metric(uneven(24), outputs=uneven(24, 5)), BlockLowRank(rank=3).resolve((24, 24))
+    factors, _ = fit_weighted(form, form.decompose(weight)[0], weight, metric, steps=1)
+    reached = metric.square(weight - form.to_dense(factors, (24, 24)))
+    over = torch.linalg.cholesky(metric.outputs).T
+    root = torch.linalg.cholesky(metric.second.flip(0, 1)).flip(0, 1)  # upper triangular: the last band stays out of the first one's columns
+    gap = weight.clone()
+    gap[:, :12] -= factors["left"][:, :3] @ factors["right"][0]
+    first, last = (over @ gap @ root).split(12, 1)
+    bound = first.square().sum() + torch.linalg.svdvals(last)[3:].square().sum()
+    assert reached == pytest.approx(float(bound), rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", [Metric(uneven(24)), Metric(uneven(24), outputs=uneven(24, 5)), Metric(rows=torch.linspace(0.1, 1, 24))])
+def test_one_band_is_low_rank(metric):
+    weight, form = matrix(), BlockLowRank(bands=1, rank=5).resolve((24, 24))
+    factors, how = fit_weighted(form, form.decompose(weight)[0], weight, metric)
+    best, _ = fit_weighted(LowRank(rank=5), {}, weight, metric)
+    assert how == "closed form"
+    assert torch.allclose(form.to_dense(factors, (24, 24)), best["left"] @ best["right"])
+
+
+@pytest.mark.parametrize("metric", [Metric(rows=torch.linspace(0.1, 1, 24)), Metric(outputs=uneven(24))], ids=["look-ups", "outputs"])
+def test_bands_that_do_not_meet_in_the_metric_have_a_closed_form(metric):
+    weight, form = matrix(), BlockLowRank(bands=4, rank=3).resolve((24, 24))
+    factors, how = fit_weighted(form, form.decompose(weight)[0], weight, metric)
+    alone = [fit_weighted(LowRank(rank=3), {}, band, metric)[0] for band in weight.chunk(4, 1)]
+    assert how == "closed form"
+    assert torch.allclose(form.to_dense(factors, (24, 24)), torch.cat([one["left"] @ one["right"] for one in alone], 1))
 
 
 def test_a_tensor_train_whose_outer_ranks_are_whole_is_the_whitened_svd():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from tnlib.links import Link, Turn, apply_link, few_grads, in_rows, matrix_grad, state_grad
+from tnlib.links import Apart, Link, Turn, apply_link, few_grads, in_rows, matrix_grad, state_grad
 
 # Bytes of the largest intermediate result of a group of tokens, by timing 0.5 to 1000 MiB at 4,096 tokens. Where arithmetic is
 # cheap beside it, what the caches hold; else less than what the system hands out as fresh pages, and takes back, at every call.
@@ -24,7 +24,7 @@ GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are 
 
 
 class Chain:
-    """Links, Terms and Turns.
+    """Links, Terms, Aparts and Turns.
 
     sizes: numbers that a token has before, between and after them
     spare: numbers that the factors, and what was merged of them, save against the dense weight
@@ -67,6 +67,7 @@ class Chain:
     def suits_torch(self, tokens):
         """Whether torch's own backward pass keeps no more than the one here, and makes nothing large of its own."""
         plain = all(in_rows(link) or few_grads(link) for link in self.links if isinstance(link, Link))
+        plain = plain and not any(isinstance(link, Apart) for link in self.links)  # it copies the gradient of x there
         return tokens * self.widest <= TINY or (plain and all(self.keeps(tokens)))
 
     def _flops(self):

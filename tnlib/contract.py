@@ -3,7 +3,8 @@
 All forms are one thing here, a train of cores (r, o, i, s): core k takes mode i of the input to mode o of the output, between
 its bonds r and s. A low-rank weight has two cores, (1, 1, in, rank) and (rank, out, 1, 1); so has a sum of k Kronecker products,
 (1, l0, l1, k) and (k, r0, r1, 1). A plan merges neighbors beforehand and then sweeps over what is left, from either end.
-With all of them merged it has the dense weight: "rebuild". Carried out by chain.py; chosen by choose.py.
+With all of them merged it has the dense weight: "rebuild". Carried out by chain.py; chosen by choose.py. One form is no train,
+and prices its plans itself: block_low_rank.py.
 """
 
 import itertools
@@ -74,6 +75,11 @@ class Arrangement(NamedTuple):
 @lru_cache(maxsize=16384)
 def plans_of(form, shape, tokens):
     """Every plan of a resolved form for a weight `shape` (out, in) and `tokens` tokens, the one that rebuilds it last."""
+    return form.priced(shape, tokens)
+
+
+def train_plans(form, shape, tokens):
+    """`plans_of` a form that is a train of cores."""
     factors = {name: torch.empty(size, device="meta") for name, size in form.factor_shapes(shape).items()}
     cores = form.paired(factors)
     reordered = [shape[axis == "columns"] for axis in form.reordered]  # sizes of the axes to reorder, for every token

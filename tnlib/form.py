@@ -1,7 +1,8 @@
 """What every format offers: a Form is shapes and ranks, never tensors.
 
-The formats are in low_rank.py, kronecker.py and tensor_train.py, one file each. A Form may be loose ("keep half", "right
-factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with the ranks that are really possible.
+The formats are in low_rank.py, block_low_rank.py, kronecker.py, tensor_train.py and tt_matrix.py, one file each. A Form may be
+loose ("keep half", "right factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with the ranks that
+are really possible.
 """
 
 import math
@@ -10,17 +11,18 @@ from dataclasses import dataclass, fields
 import torch
 
 from tnlib.applied import Applied
-from tnlib.contract import Arrangement, merge, plans_of
+from tnlib.contract import Arrangement, merge, plans_of, train_plans
 from tnlib.lookup import row_plans_of
 from tnlib.shapes import ShapeError
 
 
 @dataclass(frozen=True)
 class Form(Applied):
-    """Base of LowRank, Kronecker, TensorTrain and TTMatrix. Shapes are always (out, in) of the weight replaced.
+    """Base of LowRank, BlockLowRank, Kronecker, TensorTrain and TTMatrix. Shapes are always (out, in) of the weight replaced.
 
     A format defines: resolve, factor_shapes, decompose, `paired` (its factors as a train of cores, see contract.py),
     `arrangements` (its plans), and _summands (how many products are summed into one entry of the weight). The rest follows.
+    A format that is no train defines in place of `paired`: to_dense, priced, chain, rows and row_plans.
     """
 
     reordered = ()  # axes of the weight, "rows" or "columns", that have an order of their own
@@ -49,6 +51,10 @@ class Form(Applied):
     def plans(self, shape, tokens):
         """Every Plan for so many tokens, "rebuild" (the weight, then one product) the last one."""
         return list(plans_of(self.resolve(shape), tuple(shape), tokens))
+
+    def priced(self, shape, tokens):
+        """`plans` of a resolved form; to be asked through contract.plans_of, which remembers them."""
+        return train_plans(self, shape, tokens)
 
     def num_params(self, shape):
         """Numbers stored for a weight of `shape` (out, in). Exact: equals the elements of the factors built."""

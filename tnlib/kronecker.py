@@ -11,7 +11,7 @@ import torch
 from tnlib.contract import Arrangement
 from tnlib.form import Form, check_kept, measured_error, positive, refuse_init
 from tnlib.permute import AXES, SEARCHES, permute_kronecker
-from tnlib.shapes import ShapeError, check_weight
+from tnlib.shapes import ShapeError, check_weight, divisors
 from tnlib.van_loan import KroneckerFit, nearest_kronecker, rearrange, sum_of_products
 
 __all__ = ["Kronecker", "KroneckerFit", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"]
@@ -107,7 +107,7 @@ class Kronecker(Form):
         if shape[0] % given[0] or shape[1] % given[1]:
             raise ShapeError(
                 f"Kronecker {name} factor {given} does not divide weight {tuple(shape)} (out, in); needed divisors of "
-                f"both sizes. Choose rows from {_divisors(shape[0])} and columns from {_divisors(shape[1])}."
+                f"both sizes. Choose rows from {divisors(shape[0])} and columns from {divisors(shape[1])}."
             )
         other = (shape[0] // given[0], shape[1] // given[1])
         left, right = (given, self.right or other) if self.left else (other, given)
@@ -239,7 +239,3 @@ def _take(x, order, dim):
         return x.index_select(dim, order)
     index = order.long().unsqueeze(-1 if dim == -2 else -2)  # (…, n, 1) or (…, 1, n)
     return x.gather(dim, index.expand(x.shape))
-
-
-def _divisors(size):
-    return [d for d in range(1, size + 1) if size % d == 0]

@@ -52,7 +52,8 @@ def layer_to_dict(layer):
     elif isinstance(layer, QuantizedEmbedding):
         grids = {"packed": _grid_to_dict(layer.packed)} | grids
         sizes = {"shape": [layer.num_embeddings, layer.embedding_dim], "padding_idx": layer.padding_idx}
-        return {"layer": "QuantizedEmbedding", **sizes, "rank": layer.packed.shape[1] if layer.right is not None else None, "grids": grids}
+        right = None if layer.right is None else list(layer.right.shape)
+        return {"layer": "QuantizedEmbedding", **sizes, "right": right, "grids": grids}
     elif isinstance(layer, Factorized):
         kind = "FactorizedLinear" if isinstance(layer, FactorizedLinear) else "FactorizedEmbedding"
         data = {"layer": kind, "form": form_to_dict(layer.form), "shape": list(layer.shape)}
@@ -110,9 +111,9 @@ def _empty(data, dense, where):
     if kind == "FactorizedEmbedding":
         return FactorizedEmbedding(form_from_dict(data["form"]), shape, data["padding_idx"], draw=False, **where)
     if kind == "QuantizedEmbedding":
-        rank = data["rank"]
-        table = torch.empty(shape[0], rank or shape[1], **where)
-        right = None if rank is None else torch.empty(rank, shape[1], **where)
+        right = None if data["right"] is None else torch.empty(data["right"], **where)
+        width = shape[1] if right is None else right.numel() // right.shape[-1]
+        table = torch.empty(shape[0], width, **where)
         return QuantizedEmbedding(_packed(table, data["grids"]["packed"]), right, data["padding_idx"])
     if kind in ("Linear", "Conv1D", "Embedding"):
         return dense

@@ -36,10 +36,18 @@ class Terms(NamedTuple):
     last: bool = False  # blocks (k, width, n) give (width, m); else (n, k, width) give (m, width)
 
 
+class Apart(NamedTuple):
+    """Matrices (k, m, n), each for a part (n,) of a token's state of its own; what they give, (m,) each, stays side by side."""
+
+    matrix: torch.Tensor
+
+
 def apply_link(link, state, out=None, plain=False):
     """One step. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
     if isinstance(link, Terms):
         return _add_up(link, state, out)
+    if isinstance(link, Apart):
+        return _each(link, state, out, plain)
     if isinstance(link, Turn):
         turned = state.view(-1, link.rows, link.columns).mT
         return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
@@ -107,11 +115,22 @@ def _add_up(link, state, out):
 
 
 def _parts(link, state):
-    """What each of the Terms meets: (k, tokens*width, n) if `last`, else (k, n, tokens*width)."""
+    """What each matrix meets: (k, tokens, n) of an Apart; of Terms (k, tokens*width, n) if `last`, else (k, n, tokens*width)."""
     k, _, n = link.matrix.shape
+    if isinstance(link, Apart):
+        return state.view(-1, k, n).transpose(0, 1)
     if link.last:
         return state.view(-1, k, link.width, n).transpose(0, 1).reshape(k, -1, n)
     return state.view(-1, n, k, link.width).permute(2, 1, 0, 3).reshape(k, n, -1)
+
+
+def _each(link, state, out, plain):
+    parts, (k, m, _) = _parts(link, state), link.matrix.shape
+    if plain:
+        return torch.bmm(parts, link.matrix.mT).transpose(0, 1).reshape(-1, k * m)
+    out = state.new_empty(parts.shape[1], k * m) if out is None else out
+    torch.bmm(parts, link.matrix.mT, out=out.view(-1, k, m).transpose(0, 1))  # side by side at once, no copy
+    return out
 
 
 def in_rows(link):
@@ -137,6 +156,8 @@ def state_grad(link, grad, out=None):
     """Gradient of the state before a step, from that of the state after it."""
     if isinstance(link, Turn):
         return apply_link(Turn(link.columns, link.rows), grad, out)
+    if isinstance(link, Apart):
+        return apply_link(Apart(link.matrix.mT), grad, out)
     if isinstance(link, Link):
         return apply_link(Link(link.matrix.t(), link.width, link.turned_out, link.turned_in), grad, out)
     matrix, width, last = link
@@ -151,7 +172,7 @@ def state_grad(link, grad, out=None):
 
 def matrix_grad(link, grad, seen, total):
     """total (m, k), or nothing, plus the sum of grad (m, width) times seen (k, width) transposed over all blocks."""
-    if isinstance(link, Terms):
+    if not isinstance(link, Link):
         found = _term_grads(link, grad, seen)  # (k, m, n)
         return found if total is None else total.add_(found)
     matrix, width, turned_in, turned_out = link
@@ -170,7 +191,10 @@ def matrix_grad(link, grad, seen, total):
 
 
 def _term_grads(link, grad, seen):
-    m, parts = link.matrix.shape[1], _parts(link, seen)
+    """Gradients of the matrices of Terms, or of an Apart: (k, m, n)."""
+    (k, m, _), parts = link.matrix.shape, _parts(link, seen)
+    if isinstance(link, Apart):
+        return torch.bmm(grad.view(-1, k, m).permute(1, 2, 0), parts)
     if link.last:
         return torch.matmul(grad.view(-1, m).t(), parts)
     return torch.matmul(grad.view(-1, m, link.width).transpose(0, 1).reshape(m, -1), parts.mT)

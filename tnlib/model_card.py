@@ -12,11 +12,13 @@ import torch
 import transformers
 
 from tnlib import __version__
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.checkpoint import TNConfig
 from tnlib.checkpoint_files import skeleton_of, stored_config
 from tnlib.cost import size
 from tnlib.layer_data import grids_of, replaced
 from tnlib.layers import SplitLinear
+from tnlib.low_rank import LowRank
 from tnlib.native import is_ours
 from tnlib.packing import QuantizedEmbedding
 from tnlib.rebuild import dense_twin, fill_ties, rebuild
@@ -105,13 +107,20 @@ def _rows(model):
         own = {id(t) for t in (*layer.parameters(), *layer.buffers())}
         parts = layer.parts if isinstance(layer, SplitLinear) else [layer]
         forms = {str(getattr(part, "form", "dense")) for part in parts}
-        rank = layer.packed.shape[1] if isinstance(layer, QuantizedEmbedding) and layer.right is not None else None
-        form = " and ".join(sorted(forms)) if rank is None else f"LowRank(rank={rank})"
+        table = isinstance(layer, QuantizedEmbedding) and layer.right is not None
+        form = _form_of_table(layer.right) if table else " and ".join(sorted(forms))
         bits = sorted({grid.bits for part in parts for grid in grids_of(part)})
         key = (re.sub(r"\.\d+\.", ".*.", name), _shape(layer), form, ", ".join(map(str, bits)) or "float", bool(own & seen))
         groups.setdefault(key, []).append(layer)
         seen |= own
     return [_row(*key, layers) for key, layers in groups.items()]
+
+
+def _form_of_table(right):
+    """The form of a packed table whose second factor is `right`, see QuantizedEmbedding."""
+    if right.dim() == 2:
+        return str(LowRank(rank=right.shape[0]))
+    return str(BlockLowRank(bands=right.shape[0], rank=right.shape[1]))
 
 
 def _row(name, shape, form, bits, twin, layers):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
+from tnlib.links import Apart, apply_link
 from tnlib.quant import QuantizeError, blocks, round_to_grid, unblocks, wide
 
 STORED_BITS = (2, 4, 8)
@@ -140,7 +141,8 @@ def put_packed(module, attribute, packed):
 class QuantizedEmbedding(nn.Module):
     """An embedding whose table is packed: only the rows that are looked up are unpacked. ids (…) -> (…, dim).
 
-    packed: the Packed of a (rows, width) table; right: (width, dim), the second factor of a low-rank table, or None
+    packed: the Packed of a (rows, width) table; right: the second factor of a low-rank table, (width, dim), or in bands
+        (bands, width/bands, dim/bands); or None
     Raises: QuantizeError where a scale covers parts of two rows
     Exact: equals F.embedding(ids, layer.weight), bit for bit where there is no second factor.
     """
@@ -154,14 +156,13 @@ class QuantizedEmbedding(nn.Module):
                 "Use scales='channel', one a row, or a group that divides the width."
             )
         self.packed, self.padding_idx = packed, padding_idx
-        self.num_embeddings, self.embedding_dim = rows, width if right is None else right.shape[1]
+        self.num_embeddings, self.embedding_dim = rows, width if right is None else right.numel() // right.shape[-2]
         self.right = None if right is None else nn.Parameter(right.detach().clone())
 
     @property
     def weight(self):
         """The whole table (rows, dim), unpacked at every access."""
-        table = self.packed()
-        return table if self.right is None else table @ self.right
+        return self._turned(self.packed())
 
     def to_dense(self):
         """An nn.Embedding with the table that the codes stand for."""
@@ -170,5 +171,11 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids):
         """ids: integers (…). Returns: (…, dim). Raises: IndexError (CPU)"""
-        rows = self.packed.rows(ids.reshape(-1))
-        return (rows if self.right is None else rows @ self.right).reshape(*ids.shape, self.embedding_dim)
+        return self._turned(self.packed.rows(ids.reshape(-1))).reshape(*ids.shape, self.embedding_dim)
+
+    def _turned(self, rows):
+        """Rows (n, width) of the table through the second factor: (n, dim)."""
+        right = self.right
+        if right is None:
+            return rows
+        return rows @ right if right.dim() == 2 else apply_link(Apart(right.mT), rows, plain=True)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tnlib.between import Between
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.experts import fused_experts
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
@@ -173,7 +174,7 @@ def quantize_(model, quantize):
 
 def _is_table(target):
     """Whether rows are looked up in this very tensor."""
-    low_rank = isinstance(target.module, FactorizedEmbedding) and isinstance(target.module.form, LowRank)
+    low_rank = isinstance(target.module, FactorizedEmbedding) and isinstance(target.module.form, (LowRank, BlockLowRank))
     return isinstance(target.module, nn.Embedding) or (low_rank and target.attribute == "left")
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.experts import about_experts
 from tnlib.families import FAMILIES, ROLES, patterns, translate
 from tnlib.form import Form, positive
@@ -22,7 +23,7 @@ from tnlib.tensor_train import TensorTrain
 from tnlib.treatment import Heal, RecipeError
 from tnlib.tt_matrix import TTMatrix
 
-FORMS = {form.__name__: form for form in (LowRank, Kronecker, TensorTrain, TTMatrix)}
+FORMS = {form.__name__: form for form in (LowRank, BlockLowRank, Kronecker, TensorTrain, TTMatrix)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,11 @@ def check_weight(weight, where="weight"):
             )
 
 
+def divisors(size):
+    """All divisors of a size, ascending."""
+    return [d for d in range(1, size + 1) if size % d == 0]
+
+
 def unfold(x, mode):
     """Mode-`mode` unfolding: (n_0, …, n_{d-1}) -> (n_mode, product of the others), modes counted from 0.
 

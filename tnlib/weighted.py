@@ -1,20 +1,22 @@
 """Nearest factors in the norm of the inputs: a form is fitted to W so that x W' is near x W, not W' near W.
 
-The error on inputs x with second moment C is tr((W - W') C (W - W').T). Low rank has a closed form; Kronecker sums
-(weighted_kronecker.py) and trains (weighted_train.py) are linear in each factor and are fitted a factor at a time; what is left
-goes downhill through `to_dense`. No step needs the inputs themselves.
+The error on inputs x with second moment C is tr((W - W') C (W - W').T). Low rank has a closed form, and each band of low rank
+in bands has it given the others (weighted_low_rank.py); Kronecker sums (weighted_kronecker.py) and trains (weighted_train.py) are
+linear in each factor and are fitted a factor at a time; what is left goes downhill through `to_dense`. No step needs the inputs
+themselves.
 """
 
 import math
 
 import torch
 
+from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
-from tnlib.spectrum import truncate
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import TTMatrix
 from tnlib.weighted_kronecker import alternate, unknowns
+from tnlib.weighted_low_rank import alternate_bands, whitened_svd
 from tnlib.weighted_train import sweep_train
 
 LARGEST_SYSTEM = 2560  # unknowns solved for at once in a Kronecker half step: about 0.5 s on one core
@@ -26,57 +28,30 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
     """Move `factors` so that the weight they stand for is nearer to `weight` in `metric`.
 
     form: resolved; factors: by name, the start; weight: (out, in)
-    steps: most alternations of a Kronecker sum, or gradient steps; a train is swept steps / 20 times at most
+    steps: most alternations of a Kronecker sum or of bands, or gradient steps; a train is swept steps / 20 times at most
     learning_rate: of the gradient method; a step moves a factor by about learning_rate times its root mean square
     Returns: factors by name, in the dtype of `weight` or float64; how they were found: "closed form", "alternating", "sweeps",
         "gradient"
-    Exact: with second = identity (and no more) a least-squares low-rank or Kronecker start is a fixed point.
-    Source: low rank as in SVD-LLM (2403.07378); Kronecker as in ProcrustesGPT (2506.02818); trains: own.
+    Exact: with second = identity (and no more) a least-squares start of low rank, in bands or not, or Kronecker is a fixed point.
+    Source: low rank as in SVD-LLM (2403.07378); Kronecker as in ProcrustesGPT (2506.02818); trains and bands: own.
     """
     table = metric.second is not None and metric.rows is not None
     if isinstance(form, LowRank) and not table:
-        return _whitened_svd(form.rank, weight, metric), "closed form"
+        return whitened_svd(form.rank, weight, metric), "closed form"
+    if isinstance(form, BlockLowRank) and not table:
+        how = "alternating" if form.bands > 1 and metric.second is not None else "closed form"
+        return alternate_bands(form, factors, weight, metric, steps), how
     plain = metric.rows is None and metric.outputs is None
     if isinstance(form, Kronecker) and plain and unknowns(form) <= LARGEST_SYSTEM:
         return alternate(form, factors, weight, metric.second, steps), "alternating"
     if isinstance(form, (TensorTrain, TTMatrix)) and not form.redundant and steps:
         if isinstance(form, TensorTrain) and not table:  # no train of this middle rank does better than the low-rank weight
-            best = _whitened_svd(form.middle_rank, weight, metric)
+            best = whitened_svd(form.middle_rank, weight, metric)
             factors, _ = form.decompose((best["left"] @ best["right"]).to(weight.dtype))
         sweeps = math.ceil(steps / STEPS_A_SWEEP)
         cores, _ = sweep_train(form.paired(factors), weight, metric.relative_to(weight), sweeps)
         return form.unpaired(cores), "sweeps"
     return _descend(form, factors, weight, metric.relative_to(weight), steps, learning_rate), "gradient"
-
-
-def _whitened_svd(rank, weight, metric):
-    """The minimizer: project W on the leading left singular vectors of R.T W S, S S.T = second, R R.T = outputs.
-
-    For look-ups, on the right ones of sqrt(rows) W.
-    """
-    weight = weight.double()
-    if metric.rows is not None:
-        right = truncate(metric.rows.double().sqrt()[:, None] * weight, rank).right  # (r, in)
-        basis = torch.linalg.qr(right.mT).Q  # (in, r)
-        left, right = truncate(weight @ basis).balanced()  # (out, r), (r, r)
-        return {"left": left, "right": right @ basis.mT}
-    root = None if metric.second is None else _root(metric.second.double())  # (in, in)
-    over = None if metric.outputs is None else torch.linalg.cholesky(metric.outputs.double())  # (out, out)
-    seen = weight if over is None else over.mT @ weight  # (out, in)
-    basis = torch.linalg.qr(truncate(seen if root is None else seen @ root, rank).left).Q  # (out, r)
-    left, right = truncate(basis.mT @ seen).balanced()  # (r, r), (r, in)
-    if over is not None:
-        basis = torch.linalg.solve_triangular(over.mT, basis, upper=True)
-    return {"left": basis @ left, "right": right}
-
-
-def _root(second):
-    """S with S S.T = second (in, in); through eigenvalues where rounding made it indefinite, as fewer inputs than axes do."""
-    root, failed = torch.linalg.cholesky_ex(second)
-    if failed:
-        squares, axes = torch.linalg.eigh(second)
-        root = axes * squares.clamp_min(0).sqrt()
-    return root
 
 
 def _descend(form, factors, weight, metric, steps, learning_rate):
