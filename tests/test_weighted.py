@@ -137,6 +137,8 @@ def test_rows_of_padding_do_not_count(metric):
     before, after = (metric.error(weight - form.to_dense(f, (22, 24)), weight) for f in (plain, factors))
     assert how == "sweeps"
     assert after < 0.8 * before
+    sizes = [float(factor.square().mean().sqrt()) for factor in factors.values()]
+    assert max(sizes) == pytest.approx(min(sizes))  # one learning rate suits them all
 
 
 @pytest.mark.parametrize("rank", [2, 5, 24])
