@@ -8,12 +8,10 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from tiny import CONFIGS, logits, tiny
+from tiny import CONFIGS, HALF, WINDOWS, logits, recipe, tiny
 
-from tnlib.block_low_rank import BlockLowRank
 from tnlib.calibrate import calibrate, calibrate_parts, join_calibrations, load_calibration
 from tnlib.gradients import with_gradients
-from tnlib.kronecker import Kronecker
 from tnlib.local import fit_layers_
 from tnlib.low_rank import LowRank
 from tnlib.metric import Metric
@@ -23,23 +21,10 @@ from tnlib.recipe import Recipe, RecipeError, Rule
 from tnlib.sequential import factorize_in_sequence_
 from tnlib.shapes import ShapeError
 from tnlib.surgery import factorize_
-from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
 from tnlib.walk import Walk
 
-WINDOWS = torch.randint(2, 90, (12, 16), generator=torch.Generator().manual_seed(0))
 STACKED = [family for family in CONFIGS if not family.startswith("t5")]
-HALF = [
-    LowRank(kept=0.5),
-    MPO(order=2, kept=0.5),
-    TensorTrain(order=2, kept=0.5),
-    Kronecker(right=(2, 2), terms=2),
-    BlockLowRank(kept=0.5),
-]
-
-
-def recipe(form, *wheres):
-    return Recipe(name="test", rules=tuple(Rule(where=where, form=form) for where in wheres or ("linear",)))
 
 
 def same(one, other):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_surgery import IDS, recipe
-from tiny import AUTO, CONFIGS, LLAMA, logits, tiny
+from test_surgery import IDS
+from tiny import AUTO, CONFIGS, LLAMA, logits, recipe, tiny
 
 from tnlib.baselines import factorize_by_, prune_, svd_llm
 from tnlib.block_low_rank import BlockLowRank

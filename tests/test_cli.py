@@ -411,6 +411,7 @@ def test_heal_trains_as_the_library_does_and_is_done_once(place, tmp_path):
     assert [row["loss"] for row in found["history"]] == [row["loss"] for row in history.rows]
     assert same(open_model(tmp_path / "out"), student)
     assert found["budget"] == asdict(budget)
+    assert f"| {sum(p.numel() for p in student.parameters()):,} |" in (tmp_path / "out" / "README.md").read_text("utf-8")
     again = asked(*line)
     assert [row["seconds"] for row in again["history"]] == [row["seconds"] for row in found["history"]], "it is not trained again"
 

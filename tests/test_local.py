@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, tiny
+from tiny import CONFIGS, HALF, WINDOWS, recipe, tiny
 from torch import nn
 
 import tnlib.local
@@ -19,32 +19,19 @@ from tnlib.local import fit_layers_
 from tnlib.low_rank import LowRank
 from tnlib.metric import Metric
 from tnlib.moments import Moments, second_moments
-from tnlib.recipe import Recipe, Rule
 from tnlib.shapes import ShapeError, weight_of
 from tnlib.surgery import factorize_
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
 from tnlib.weighted import fit_weighted
 
-WINDOWS = torch.randint(2, 90, (12, 16), generator=torch.Generator().manual_seed(0))
 HELD = torch.randint(2, 90, (6, 16), generator=torch.Generator().manual_seed(1))
 ORDERED = [
     Kronecker(right=(2, 2), terms=2, permute="both"),
     Kronecker(right=(2, 3), terms=3, permute="rows"),
     Kronecker(right=(1, 2), terms=1, scaled=True, permute="columns"),
 ]
-HALF = [
-    LowRank(kept=0.5),
-    MPO(order=2, kept=0.5),
-    TensorTrain(order=2, kept=0.5),
-    Kronecker(right=(2, 2), terms=2),
-    BlockLowRank(kept=0.5),
-]
 FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=4)]
-
-
-def recipe(form, *wheres, **options):
-    return Recipe(name="test", rules=tuple(Rule(where=where, form=form, **options) for where in wheres or ("linear",)))
 
 
 def pair(family, form, *wheres, dtype=torch.float64, **options):

@@ -8,8 +8,8 @@ import torch
 import transformers
 from test_checkpoint import assert_same, quiet, read  # noqa: F401, a fixture
 from test_stream import CASES, folder_of, live_bytes
-from test_surgery import IDS, recipe
-from tiny import AUTO, LLAMA, logits
+from test_surgery import IDS
+from tiny import AUTO, LLAMA, logits, recipe
 
 import tnlib.on_load
 from tnlib.checkpoint import TNConfig

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save
-from tiny import CONFIGS, logits, tiny
+from tiny import CONFIGS, logits, recipe, tiny
 from torch import nn
 
 import tnlib.surgery
@@ -33,10 +33,6 @@ HALF = [
     TensorTrain(order=2, kept=0.5),
     Kronecker(right=(2, 2), terms=1),
 ]
-
-
-def recipe(form, *wheres, **options):
-    return Recipe(name="test", rules=tuple(Rule(where=where, form=form, **options) for where in wheres or ("linear",)))
 
 
 def count(model):

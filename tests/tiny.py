@@ -1,7 +1,14 @@
-"""Tiny random models of every family, built from configurations: no weights are fetched."""
+"""Tiny random models of every family, built from configurations: no weights are fetched. And what is done to them."""
 
 import torch
 import transformers as hf
+
+from tnlib.block_low_rank import BlockLowRank
+from tnlib.kronecker import Kronecker
+from tnlib.low_rank import LowRank
+from tnlib.recipe import Recipe, Rule
+from tnlib.tensor_train import TensorTrain
+from tnlib.tt_matrix import MPO
 
 SIZES = {"vocab_size": 96, "hidden_size": 24, "num_attention_heads": 2}
 LLAMA = {
@@ -24,6 +31,14 @@ CONFIGS = {
         vocab_size=96, d_model=24, d_kv=12, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     ),
 }
+WINDOWS = torch.randint(2, 90, (12, 16), generator=torch.Generator().manual_seed(0))
+HALF = [
+    LowRank(kept=0.5),
+    MPO(order=2, kept=0.5),
+    TensorTrain(order=2, kept=0.5),
+    Kronecker(right=(2, 2), terms=2),
+    BlockLowRank(kept=0.5),
+]
 AUTO = {"bert": hf.AutoModelForMaskedLM, "t5": hf.AutoModelForSeq2SeqLM, "t5-gated": hf.AutoModelForSeq2SeqLM}
 
 
@@ -38,6 +53,11 @@ def tiny(family, dtype=torch.float64):
             if parameter.dim() > 1:
                 parameter.mul_(5)
     return model
+
+
+def recipe(form, *wheres, **options):
+    """One form everywhere: in all linear layers, or where it is said."""
+    return Recipe(name="test", rules=tuple(Rule(where=where, form=form, **options) for where in wheres or ("linear",)))
 
 
 def logits(model, ids):

@@ -132,6 +132,8 @@ def heal(folder, data, steps, out, teacher, losses, learning_rate, train, batch,
     """
     from tnlib.assets import load_tokenizer
     from tnlib.heal import heal as train_back
+    from tnlib.model_card import CARD, model_card
+    from tnlib.records import write_atomic
     from tnlib.saved import bits_of, bytes_of, compressed, open_model, recipe_of
     from tnlib.token_file import load_windows
     from tnlib.treatment import Budget, Heal
@@ -150,6 +152,7 @@ def heal(folder, data, steps, out, teacher, losses, learning_rate, train, batch,
     say(f"heal on {windows.numel():,} tokens of {data}, {steps:,} steps of {batch} windows, on {device}")
     history = train_back(student, taught, windows, how, budget, out=out, seed=seed, progress=True)
     tokenizer.save_pretrained(out)
+    write_atomic(Path(out) / CARD, model_card(student, size_mb=bytes_of(out) / 1e6))
     last = history.rows[-1]
     ended = f"{out}: {last['tokens']:,} tokens in {last['seconds']:,.0f} s, loss {history.rows[0]['loss']:.4g} -> {last['loss']:.4g}"
     return Answer({"out": out, "bytes": bytes_of(out), "heal": how, "budget": budget, "history": history.rows}, ended)

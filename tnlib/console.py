@@ -40,6 +40,8 @@ def command(resumes=False):
     """
 
     def wrap(run):
+        """The command's body: `run` with its options, its answer printed, and its exit code."""
+
         @functools.wraps(run)
         def body(as_json, debug, **given):
             answer = _outcome(lambda: run(**given), as_json, debug, resumes)

@@ -76,60 +76,57 @@ def compactifai(m, p):
         of = f"best of {len(fit)} MPO models in 30 % of the bytes, of the dense model's right next words"
         return Effect(value=best, unit=SHARE, of=of, border=0.9)
 
-    def between(part, table, ours, theirs):
-        above = {r["model"]: r["above dense"] for r in m[table]}
-        return stated(
-            part, Effect(value=above[ours] - above[theirs], unit=NATS, of=f"{ours} minus {theirs}", favors=-1)
-        )
+    def step():
+        """The clock of a training step."""
+        row = only(m["work"], model="MPO")
+        times, spread = float(row["times dense"]), {"low": row["low"], "high": row["high"], "interval": "quartiles of the ratio"}
+        return Effect(value=times, unit="times dense speed", of="training step of the MPO model", border=1.0, **spread)
 
-    def stated(part, effect):
-        """With the standard error that the record states in words, if it states it of this very number."""
-        why = next((r.get("why") or "" for r in m["verdicts"] if r["claim"] == part), "")
-        said = re.search(r"([+-]\d+\.\d+) ± (\d+\.\d+) nats", why)
-        if effect.low is not None or not said or abs(float(said[1]) - effect.value) > 0.002:
-            return effect
-        return paired(effect.value, float(said[2]), None, None, 1, p["WINDOWS"], unit=NATS, of=effect.of, favors=-1)
+    return _profiled(m) | _against_low_rank(m, p) | {"C3": restored, "C6": step}
+
+
+def _against_low_rank(m, p):
+    """What notebook 12 says of MPO beside low rank, and of cores in few bits beside a dense model in as few."""
+    pairs = {
+        "C4, activation-aware": ("shared_out", "MPO, uniform ratio", "low rank, activation-aware"),
+        "C5": ("stored", "MPO, rest 4 bits", "dense, 4 bits"),
+        "C5, cores too": ("stored", "MPO, all 4 bits", "dense, 4 bits"),
+    }
+    healing = {
+        "C4, before healing": ("before", "before healing"),
+        "C4, healed": ("above dense", f"after {p['HEAL_TOKENS']:,} tokens"),
+    }
 
     def uniform():
         row = only(m["gaps"], recipe="low rank, uniform ratio")  # its loss minus the MPO's
         of = "MPO minus low rank, uniform ratio, not trained"
         return paired(-row["value"], row["stderr"], None, None, 1, p["WINDOWS"], unit=NATS, of=of, favors=-1)
 
+    def between(part, table, ours, theirs):
+        above = {r["model"]: r["above dense"] for r in m[table]}
+        effect = Effect(value=above[ours] - above[theirs], unit=NATS, of=f"{ours} minus {theirs}", favors=-1)
+        return _with_stated_error(m, p, part, effect)
+
     def by_seed(part, column, when):
         found = {(r["run"], r["seed"]): r[column] for r in m["healed"]}
         gaps = [found["MPO", s] - found["low rank", s] for s in p["HEAL_SEEDS"]]
-        return stated(part, over_seeds(sorted(set(gaps)), unit=NATS, of=f"MPO minus low rank, {when}", favors=-1))
+        effect = over_seeds(sorted(set(gaps)), unit=NATS, of=f"MPO minus low rank, {when}", favors=-1)
+        return _with_stated_error(m, p, part, effect)
 
-    def step():
-        """The clock of a training step."""
-        row = only(m["work"], model="MPO")
-        low, high = row["low"], row["high"]
-        return Effect(
-            value=float(row["times dense"]),
-            low=low,
-            high=high,
-            unit="times dense speed",
-            of="training step of the MPO model",
-            interval="quartiles of the ratio",
-            border=1.0,
-        )
-
-    healing = {
-        "C4, before healing": ("before", "before healing"),
-        "C4, healed": ("above dense", f"after {p['HEAL_TOKENS']:,} tokens"),
-    }
-    pairs = {"C4, activation-aware": ("shared_out", "MPO, uniform ratio", "low rank, activation-aware")}
-    pairs |= {
-        "C5": ("stored", "MPO, rest 4 bits", "dense, 4 bits"),
-        "C5, cores too": ("stored", "MPO, all 4 bits", "dense, 4 bits"),
-    }
-    return _profiled(m) | {
-        "C3": restored,
+    return {
         "C4, not trained": uniform,
-        "C6": step,
         **{part: partial(by_seed, part, *asked) for part, asked in healing.items()},
         **{part: partial(between, part, *asked) for part, asked in pairs.items()},
     }
+
+
+def _with_stated_error(m, p, part, effect):
+    """The effect with the standard error that notebook 12's record states in words, if it states it of this very number."""
+    why = next((r.get("why") or "" for r in m["verdicts"] if r["claim"] == part), "")
+    said = re.search(r"([+-]\d+\.\d+) ± (\d+\.\d+) nats", why)
+    if effect.low is not None or not said or abs(float(said[1]) - effect.value) > 0.002:
+        return effect
+    return paired(effect.value, float(said[2]), None, None, 1, p["WINDOWS"], unit=NATS, of=effect.of, favors=-1)
 
 
 def qat(m, p):
