@@ -98,6 +98,14 @@ def test_factorize_folder_writes_the_card_that_save_writes(tmp_path, dtype):
     assert f"dense at {8 * dtype.itemsize} bits" in card
 
 
+def test_the_card_names_the_dense_model_as_it_was_asked_for(tmp_path, monkeypatch):
+    """And not the cache's folder for it."""
+    dense = folder_of(tmp_path, "llama")
+    monkeypatch.setattr("tnlib.stream.fetch", lambda name: dense)
+    factorize_folder("someone/tiny", TIED, tmp_path / "out")
+    assert "base_model: someone/tiny\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     model = tiny("llama", torch.float32)
     factorize_(model, TIED)

@@ -47,7 +47,7 @@ def compress(model, recipe, out, kept, calibrate, tokens, context, bits, seed, s
     floats = out.with_name(f"{out.name}.float") if bits else out
     how = {"seed": seed, "shard_mb": shard_mb}
     if not (bits and compressed(out)):
-        factorize_folder(source, chosen, floats, stats, progress=True, **how)
+        factorize_folder(model, chosen, floats, stats, progress=True, **how)
     if bits:
         _quantized(floats, out, int(bits), chosen, model)
     errors = errors_of(out)

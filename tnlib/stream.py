@@ -76,7 +76,8 @@ def factorize_folder(folder, recipe, out, stats=None, *, fit=None, seed=0, shard
                 _write_shard(work / name, shard, bar)
             else:
                 bar.update(len(shard))
-    _finish(source, work, names, model, facts)
+    base = source.name if Path(folder).is_dir() else str(folder)  # not the cache's name for it
+    _finish(source, work, names, model, facts, base)
     if out.exists():
         out.rmdir()  # it was empty
     work.rename(out)
@@ -209,7 +210,7 @@ def _write_shard(path, shard, bar):
         ) from error
 
 
-def _finish(source, work, names, model, facts):
+def _finish(source, work, names, model, facts, base):
     """Index, configuration, model card and tokenizer files beside the shards; the errors of all layers are in the shards."""
     where, size = {}, 0
     for name in names:
@@ -226,7 +227,7 @@ def _finish(source, work, names, model, facts):
     ours = model.hf_quantizer.quantization_config
     describe(model, ours)
     config = json.loads((source / CONFIG).read_text("utf-8")) | {"quantization_config": ours.to_dict() | {"run": facts}}
-    write_atomic(work / CARD, model_card(model, base=source.name, size_mb=size / 1e6))
+    write_atomic(work / CARD, model_card(model, base=base, size_mb=size / 1e6))
     write_atomic(work / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
