@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -428,6 +429,26 @@ def test_eval_says_what_perplexity_says(place):
     code, out, _ = tn(*line)
     assert code == 0
     assert re.search(r"perplexity [\d.]+ ± [\d.]+ \(\d+ tokens, context 32", out)
+
+
+def test_eval_writes_into_the_card_what_model_card_would(place, tmp_path):
+    folder = shutil.copytree(place / "small", tmp_path / "small")
+    line = ["eval", folder, "--data", place / "text.txt", "--context", 32, "--device", "cpu", "--card"]
+    for more in (["--tokens", 64], ["--tokens", 128, "--against", place / "dense"]):
+        assert tn(*line, *more)[0] == 0
+    card = (folder / "README.md").read_text("utf-8")
+    own = perplexity(open_model(folder), windows_of(place, "test", tokens=128), batch=4)
+    assert card.count("## Measured") == 1
+    assert f"| {own} |" in card
+    assert f"perplexity of {place / 'dense'}" in card
+    other = (place / "small" / "README.md").read_text("utf-8")
+    assert card.split("\n\n## Measured")[0] == other.split("\n\n## Load")[0]
+    assert card.split("## Load")[1] == other.split("## Load")[1]
+    (folder / "README.md").write_text("mine")
+    code, _, said = tn(*line)
+    assert code == 2
+    assert "no model card of tnlib's" in said
+    assert (folder / "README.md").read_text() == "mine"
 
 
 def test_eval_asks_the_harness(place, monkeypatch):

@@ -19,9 +19,10 @@ PLANS_FOR = (1, 512)  # tokens at a time: decoding, reading
 @click.option("--limit", type=int, help="Questions a task, from its start.  [default: all]")
 @click.option("--shots", type=int, help="Solved examples before each.  [default: the task's own]")
 @click.option("--task-folder", metavar="DIR", help="YAML files of your own tasks, which are then the only ones known.")
+@click.option("--card", is_flag=True, help="Put what was measured into the model card in DIR.")
 @click.option("--device", metavar="NAME", help="Where to run.  [default: cuda where there is one, else cpu]")
 @command()
-def evaluate(model, data, split, context, tokens, batch, against, tasks, limit, shots, task_folder, device):
+def evaluate(model, data, split, context, tokens, batch, against, tasks, limit, shots, task_folder, card, device):
     """Perplexity of DIR on a text, with its standard error, its size, and scores on benchmarks.
 
     DIR is a compressed folder, or any MODEL. Perplexity is exp of the mean loss of all predicted tokens; the error is over windows.
@@ -32,8 +33,11 @@ def evaluate(model, data, split, context, tokens, batch, against, tasks, limit, 
         needs("eval", ("lm_eval",))
     from tnlib.assets import load_tokenizer
     from tnlib.cost import size
+    from tnlib.model_card import note_measured, read_card
     from tnlib.saved import bytes_of, open_model, require_causal
 
+    if card:
+        read_card(model)  # refused now, not after an hour
     device, found, lines = device_of(device), {}, []
     judged = require_causal(model, open_model(model, device))
     tokenizer = load_tokenizer(model)
@@ -48,7 +52,17 @@ def evaluate(model, data, split, context, tokens, batch, against, tasks, limit, 
 
         scores = harness(judged, tokenizer, tasks.split(","), limit=limit, shots=shots, batch=batch, folder=task_folder)
         found["tasks"], lines = scores, lines + [str(score) for score in scores.values()]
+    if card:
+        note_measured(model, _told(found, f"{data}, {split}", against))
     return Answer(found, "\n".join(lines))
+
+
+def _told(found, text, against):
+    """{what: number or record} for the model card."""
+    told = {f"perplexity, {text}": found["perplexity"]} if "perplexity" in found else {}
+    if "against" in found:
+        told |= {f"perplexity of {against}, {text}": found["against"], f"divergence from {against}, {text}": found["divergence"]}
+    return told | {f"task {name}": score for name, score in found.get("tasks", {}).items()}
 
 
 def _read(judged, tokenizer, data, split, context, tokens, batch, against, device):

@@ -23,6 +23,7 @@ from tnlib.native import is_ours
 from tnlib.packing import QuantizedEmbedding
 from tnlib.rebuild import dense_twin, fill_ties, rebuild
 from tnlib.recipe import Recipe
+from tnlib.records import write_atomic
 from tnlib.resume import own_tensors
 
 CARD = "README.md"
@@ -47,13 +48,39 @@ def model_card(model, *, base=None, measured=None, size_mb=None):
     parts = [_header(base), f"# {base or kind}, compressed", _sizes(model, rows, size_mb, base)]
     parts += [_table("Layers", rows)] if rows else []
     if measured:
-        parts.append(_table("Measured", [{"what": what, "value": _shown(value)} for what, value in measured.items()]))
+        parts.append(_measured(measured))
     parts.append(_how_to_load(kind))
     recipe = model.hf_quantizer.quantization_config.recipe if is_ours(getattr(model, "hf_quantizer", None)) else None
     if recipe:
         given = {key: value for key, value in Recipe.from_dict(recipe).to_dict().items() if value}
         parts.append(f"## Recipe\n\n```json\n{json.dumps(given, indent=1)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def read_card(folder):
+    """What a checkpoint's model card says before its section Measured, or where that would be, and behind it.
+
+    Raises: ValueError for a folder whose card is missing or none of model_card's
+    """
+    path = Path(folder) / CARD
+    before, load, after = (path.read_text("utf-8") if path.exists() else "").partition("\n\n## Load\n")
+    if not load:
+        raise ValueError(f"{path}: got no model card of tnlib's; needed one, to add to. Write what model_card(folder) gives there.")
+    return before.partition("\n\n## Measured\n")[0], load + after
+
+
+def note_measured(folder, measured):
+    """Put what was measured, as for model_card, into a checkpoint's card, in place of what stood there; returns None.
+
+    Raises: ValueError as read_card
+    Exact: all other sections stay as they are.
+    """
+    before, after = read_card(folder)
+    write_atomic(Path(folder) / CARD, f"{before}\n\n{_measured(measured)}{after}")
+
+
+def _measured(measured):
+    return _table("Measured", [{"what": what, "value": _shown(value)} for what, value in measured.items()])
 
 
 def _without_weights(folder):
