@@ -254,6 +254,20 @@ def test_trainer_trains_what_was_loaded_and_saves_it_again(kind, tmp_path):
     assert_same(found, read(tmp_path / "second", "llama"))
 
 
+@pytest.mark.parametrize("kind", ["tied", "trained grids"])
+def test_a_state_that_was_gathered_is_the_one_that_is_written(kind, tmp_path):
+    """Trap: transformers asks the quantizer for the state of the model, which under FSDP one process alone has not."""
+    model = tiny("llama", torch.float32)
+    KINDS[kind](model)
+    gathered = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    wanted = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
+    assert_same(wanted, read(tmp_path / "gathered", "llama"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["compressed", "tied", "quantized", "trained dense"])
 def test_dequantize_leaves_a_plain_dense_model(family, kind, tmp_path):

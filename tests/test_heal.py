@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny
-from transformers import AutoModelForSequenceClassification, BertConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig
 
 import tnlib.history
 import tnlib.resume
@@ -687,6 +687,9 @@ def test_two_processes_give_the_loss_curve_of_one(worked, way, kind):
     one, two = (tnlib.resume.load_file(folder / name / "model.safetensors") for name in ("one", way))
     assert one.keys() == two.keys()
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-3
+    loaded = weights(AutoModelForCausalLM.from_pretrained(folder / way, dtype=torch.float32))
+    assert loaded.keys() < two.keys()  # the folder is a checkpoint like any other; guards are no parameters
+    assert all(torch.equal(loaded[name], two[name]) for name in loaded)
 
 
 def test_a_sharded_run_resumes_as_well(worked):

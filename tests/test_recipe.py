@@ -114,6 +114,11 @@ def test_bad_recipes_say_what_was_needed(call, words):
         call()
 
 
+def test_one_rule_may_stand_for_a_tuple_of_one():
+    rule = Rule(where="mlp", form=LowRank(rank=2))
+    assert Recipe(name="x", rules=rule) == Recipe(name="x", rules=[rule])
+
+
 def test_a_recipe_written_as_plain_data_is_built():
     data = {
         "name": "mine",

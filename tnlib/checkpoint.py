@@ -11,6 +11,7 @@ instead of drawing random weights. The hooks are those of transformers' own quan
 import copy
 import json
 import re
+import sys
 from functools import partial
 
 import torch
@@ -23,7 +24,7 @@ from tnlib.native import METHOD, own_config, tell_transformers
 from tnlib.on_load import FactorizeOnLoad
 from tnlib.rebuild import check_loadable, describe, hide, no_init, rebuild, tie_all, tie_by_name
 from tnlib.recipe import Recipe
-from tnlib.resume import weights
+from tnlib.resume import own_tensors, weights
 from tnlib.surgery import densify_
 
 FORMAT = 1  # of `modules` and `tied`, and of the names of tensors
@@ -105,6 +106,8 @@ class TNQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         """The tensors to write, each once, guards among them; the model's config gets its quantization_config now.
 
+        A state_dict given to save_pretrained is what is written. Under FSDP the Trainer gathers one and then comes here in
+        the first process alone, where gathering again would wait for ever.
         Raises: ValueError for a model that from_pretrained could not build again, before anything is written
         """
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -114,7 +117,8 @@ class TNQuantizer(HfQuantizer):
             own_config(model).quantization_config = self.quantization_config
         describe(model, self.quantization_config)
         check_loadable(model)
-        tensors = weights(model)
+        given = sys._getframe(1).f_locals.get("state_dict")  # save_pretrained's, which transformers does not pass on
+        tensors = weights(model) if given is None else {n: given[n].contiguous() for n in own_tensors(model) if n in given}
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
         return tensors | {f"{name}.{GUARD}": torch.zeros(1, dtype=dtype) for name in layers}, {}
 

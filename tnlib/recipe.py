@@ -86,7 +86,7 @@ class Recipe:
     notes: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "rules", (self.rules,) if isinstance(self.rules, Rule) else tuple(self.rules))
         object.__setattr__(self, "stages", tuple(tuple(stage) for stage in self.stages))
         if not self.rules or not all(isinstance(rule, Rule) for rule in self.rules):
             raise RecipeError(f"recipe {self.name!r}: got rules={self.rules!r}; needed at least one Rule.")
