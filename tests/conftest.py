@@ -8,6 +8,7 @@ import torch
 from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
+from tnlib.tensor_ring import TensorRing
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import TTMatrix
 
@@ -36,6 +37,8 @@ FORMS = [
     TTMatrix(order=3, max_rank=6),
     TTMatrix(order=2, kept=0.5),
     TTMatrix(order=1),
+    TensorRing(order=3, rank=3),
+    TensorRing(order=2, kept=0.6),
     TTMatrix(out_modes=(5, 5, 1), in_modes=(3, 3, 4), max_rank=4, pad_rows=True),
 ]
 

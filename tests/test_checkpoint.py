@@ -31,6 +31,7 @@ from tnlib.sequential import factorize_in_sequence_
 from tnlib.shapes import is_conv1d
 from tnlib.stages import compress_and_heal
 from tnlib.surgery import densify_, factorize_
+from tnlib.tensor_ring import TensorRing
 from tnlib.tensor_train import TensorTrain
 from tnlib.treatment import Budget, Heal
 from tnlib.tt_matrix import MPO
@@ -41,6 +42,7 @@ FOUR = Quantize(bits=4, scales="channel")
 HALF = recipe(MPO(order=2, kept=0.5), "linear")
 TIED = recipe(LowRank(rank=4), "linear", "embedding")
 BANDS = recipe(BlockLowRank(bands=2, rank=3), "linear", "embedding")
+RINGS = recipe(TensorRing(order=3, rank=3), "linear", "embedding")
 PERMUTED = recipe(Kronecker(right=(1, 4), permute="both"), "embedding")
 KINDS = {
     "compressed": lambda model: factorize_(model, HALF),
@@ -49,6 +51,7 @@ KINDS = {
     "quantized": lambda model: (factorize_(model, TIED), quantize_(model, FOUR)),
     "quantized bands": lambda model: (factorize_(model, BANDS), quantize_(model, FOUR)),
     "quantized permuted": lambda model: (factorize_(model, PERMUTED), quantize_(model, Quantize(bits=8, symmetric=False))),
+    "quantized rings": lambda model: (factorize_(model, RINGS), quantize_(model, FOUR)),
     "dense in 8 bits": lambda model: quantize_(model, Quantize(bits=8, what="dense", scales="channel")),
     "both": lambda model: (factorize_(model, HALF), quantize_(model, FOUR), quantize_(model, Quantize(bits=8, what="dense"))),
     "trained grids": lambda model: (factorize_(model, TIED), fake_quantize_(model, Quantize(bits=3, learn="lsq"))),

@@ -25,6 +25,7 @@ from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
 from tnlib.shapes import ShapeError
+from tnlib.tensor_ring import TensorRing
 from tnlib.tt_matrix import MPO, TTMatrix
 
 OUT, IN = SHAPE
@@ -457,7 +458,7 @@ def test_an_unknown_policy_is_refused(layer):
 # ---- compiled, autocast, explained
 
 
-@pytest.mark.parametrize("form", [Kronecker(right=(2, 3), terms=2), Kronecker(right=(2, 1)), MPO(order=3, max_rank=2), BlockLowRank(rank=5)], ids=str)
+@pytest.mark.parametrize("form", [Kronecker(right=(2, 3), terms=2), Kronecker(right=(2, 1)), MPO(order=3, max_rank=2), BlockLowRank(rank=5), TensorRing(order=3, rank=2)], ids=str)
 def test_a_compiled_layer_serves_all_token_counts_with_one_graph(form):
     torch._dynamo.reset()  # its limit of graphs is one for all layers of a process
     layer = FactorizedLinear(form, SHAPE).eval()

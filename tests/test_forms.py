@@ -14,6 +14,7 @@ from tnlib.choose import bucket
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank, low_rank
 from tnlib.shapes import ShapeError
+from tnlib.tensor_ring import TensorRing, downhill
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO, TTMatrix
 
@@ -28,6 +29,8 @@ EXACT = [
     TTMatrix(order=2),
     MPO(order=3, max_rank=10**6),
     TTMatrix(out_modes=(5, 5), in_modes=(6, 6), pad_rows=True),
+    TensorRing(order=3, rank=10**6),
+    TensorRing(out_modes=(2, 12), in_modes=(18, 2), rank=24),
 ]
 
 
@@ -105,6 +108,46 @@ def test_one_band_is_low_rank_and_bands_are_low_rank_each(weight):
     assert torch.allclose(three.to_dense(three.decompose(weight)[0], SHAPE), torch.cat([a.left @ a.right for a in alone], 1))
 
 
+def test_a_ring_of_two_sites_is_a_kronecker_sum_of_rank_squared_terms():
+    form = TensorRing(out_modes=(6, 4), in_modes=(9, 4), rank=3).resolve(SHAPE)
+    ring = form.random(SHAPE, dtype=torch.float64)
+    left, right = ring["core0"], ring["core1"]  # (r, o_1, i_1, s), (s, o_2, i_2, r)
+    terms = [torch.kron(left[a, :, :, b], right[b, :, :, a]) for a in range(3) for b in range(3)]
+    assert torch.allclose(form.to_dense(ring, SHAPE), sum(terms))
+    assert form.num_params(SHAPE) == Kronecker(right=(4, 4), terms=9).num_params(SHAPE)
+
+
+def test_a_ring_is_the_trace_of_a_product_of_matrices():
+    form = TensorRing(order=3, rank=3).resolve(SHAPE)
+    ring = form.random(SHAPE, dtype=torch.float64)
+    dense = form.to_dense(ring, SHAPE).reshape(*form.out_modes, *form.in_modes)
+    for o, i in (((0, 0, 0), (0, 0, 0)), ((1, 0, 2), (2, 1, 0)), ((1, 2, 3), (2, 2, 3))):
+        product = torch.linalg.multi_dot([ring[f"core{k}"][:, o[k], i[k], :] for k in range(3)])
+        assert torch.allclose(dense[(*o, *i)], product.trace())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 6])
+def test_a_ring_is_at_least_as_near_as_the_open_chain_of_its_bond(rank, weight):
+    ring, opened = (f.resolve(SHAPE) for f in (TensorRing(order=3, rank=rank), MPO(order=3, max_rank=rank)))
+    assert float(ring.decompose(weight)[1]) <= float(opened.decompose(weight)[1]) + 1e-12
+
+
+def test_at_equal_numbers_a_ring_of_three_is_nearer_to_noise_than_all_others():
+    """It finds nothing in noise; its numbers reach further."""
+    noise = torch.randn(96, 96, dtype=torch.float64)
+    others = [LowRank(kept=0.5), BlockLowRank(kept=0.5), MPO(order=3, kept=0.5), TensorTrain(order=2, kept=0.5), Kronecker(right=(8, 8), kept=0.5)]
+    ring, *errors = (float(f.resolve(noise.shape).decompose(noise)[1]) for f in (TensorRing(order=3, kept=0.5), *others))
+    assert ring < 0.9 * min(errors)
+
+
+def test_going_downhill_does_not_go_up_and_leaves_cores_of_one_size(weight):
+    form = TensorRing(order=3, rank=3).resolve(SHAPE)
+    start = form.random(SHAPE, dtype=torch.float64)
+    found = downhill(form, start, weight, lambda difference: difference, 20)
+    before, after = ((weight - form.to_dense(ring, SHAPE)).norm() for ring in (start, found))
+    assert after < 0.95 * before
+
+
 def test_kept_is_a_budget_that_is_filled():
     for loose in (
         LowRank(kept=0.5),
@@ -112,6 +155,7 @@ def test_kept_is_a_budget_that_is_filled():
         TensorTrain(order=2, kept=0.5),
         MPO(order=2, kept=0.5),
         Kronecker(right=(2, 2), kept=0.5),
+        TensorRing(order=3, kept=0.5),
     ):
         shape = (96, 64)
         form = loose.resolve(shape)
@@ -152,6 +196,13 @@ BAD = [
     (lambda: TTMatrix(out_modes=(24,), in_modes=(6, 6)).resolve(SHAPE), "needed equally many"),
     (lambda: MPO(order=3, max_rank=2).resolve((31, 8)), "size 31 has no 3 modes"),
     (lambda: MPO(order=2, kept=0.01).resolve(SHAPE), "even rank 1 needs more"),
+    (lambda: TensorRing(order=3), "needed one of the two. Give rank=32 or kept=0.5"),
+    (lambda: TensorRing(rank=3), "needed both, or order=3"),
+    (lambda: TensorRing(order=3, rank=0), "TensorRing: got .*rank=0; needed positive integers"),
+    (lambda: TensorRing(order=1, rank=3).resolve(SHAPE), "needed at least two of each side"),
+    (lambda: TensorRing(order=3, kept=0.01).resolve(SHAPE), "leaves rank 0 for sites of .*; raise kept"),
+    (lambda: TensorRing(out_modes=(5, 5), in_modes=(6, 6), rank=2).resolve(SHAPE), "multiply to 25; needed 24"),
+    (lambda: TensorRing(order=3, rank=2).resolve(SHAPE).decompose(torch.randn(SHAPE), "als"), "this format knows svd"),
     (lambda: LowRank(rank=2).resolve(SHAPE).decompose(torch.randn(SHAPE), "prune"), "this format knows svd"),
     (lambda: LowRank(rank=2).resolve(SHAPE).decompose(torch.full(SHAPE, float("nan"))), "NaN or infinite"),
 ]  # fmt: skip
@@ -172,7 +223,7 @@ def test_ranks_beyond_the_possible_become_the_actual_ones():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from([LowRank(kept=0.7), BlockLowRank(kept=0.8), MPO(order=2, kept=0.7), TensorTrain(order=2, kept=0.9), Kronecker(right=(2, 2), kept=0.7)]),
+    st.sampled_from([LowRank(kept=0.7), BlockLowRank(kept=0.8), MPO(order=2, kept=0.7), TensorTrain(order=2, kept=0.9), Kronecker(right=(2, 2), kept=0.7), TensorRing(order=2, kept=0.7)]),
     st.sampled_from([8, 12, 18, 20, 36]), st.sampled_from([8, 12, 30, 32]),
 )  # fmt: skip
 def test_any_form_on_any_shape_keeps_its_promises(loose, out, width):

@@ -21,7 +21,7 @@ RUNGS = [
     ["permute"],
     ["low_rank", "block_low_rank", "kronecker", "tensor_train"],
     ["tt_matrix", "weighted_kronecker"],
-    ["weighted_train", "weighted_low_rank"],
+    ["weighted_train", "weighted_low_rank", "tensor_ring"],
     ["weighted"],
     ["factorized", "audit"],
     ["layers", "recipe"],

@@ -13,6 +13,7 @@ from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
 from tnlib.low_rank import LowRank
 from tnlib.shapes import ShapeError
+from tnlib.tensor_ring import TensorRing
 from tnlib.tt_matrix import MPO
 
 OUT, IN = SHAPE
@@ -111,7 +112,7 @@ def test_random_initialization_has_the_variance_of_the_weight():
     assert 1.2 < layer.error < 1.6  # two independent matrices of equal norm are sqrt(2) apart
 
 
-@pytest.mark.parametrize("form", [LowRank(rank=5), Kronecker(right=(2, 3), terms=2), MPO(order=3, max_rank=6), BlockLowRank(rank=5)], ids=str)
+@pytest.mark.parametrize("form", [LowRank(rank=5), Kronecker(right=(2, 3), terms=2), MPO(order=3, max_rank=6), BlockLowRank(rank=5), TensorRing(order=3, rank=3)], ids=str)
 def test_compiles_and_serves_other_token_counts(form):
     torch._dynamo.reset()  # its limit of graphs is one for all layers of a process
     layer = FactorizedLinear.from_dense(linear(dtype=torch.float32), form)

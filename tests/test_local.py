@@ -21,6 +21,7 @@ from tnlib.metric import Metric
 from tnlib.moments import Moments, second_moments
 from tnlib.shapes import ShapeError, weight_of
 from tnlib.surgery import factorize_
+from tnlib.tensor_ring import TensorRing
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
 from tnlib.weighted import fit_weighted
@@ -31,7 +32,7 @@ ORDERED = [
     Kronecker(right=(2, 3), terms=3, permute="rows"),
     Kronecker(right=(1, 2), terms=1, scaled=True, permute="columns"),
 ]
-FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=4)]
+FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), TensorRing(order=2, rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=4)]
 
 
 def pair(family, form, *wheres, dtype=torch.float64, **options):
@@ -164,7 +165,8 @@ def test_other_forms_go_downhill(form, weight):
     factors, how = fit_weighted(form, start, weight, Metric(second), steps=100)
     before, after = (Metric(second).error(weight - form.to_dense(f, weight.shape), weight) for f in (start, factors))
     assert after < 0.9 * before
-    assert how == ("alternating" if isinstance(form, (Kronecker, BlockLowRank)) else "sweeps")
+    ways = {Kronecker: "alternating", BlockLowRank: "alternating", TensorRing: "gradient"}
+    assert how == ways.get(type(form), "sweeps")
 
 
 def test_alternation_never_goes_uphill_and_agrees_with_plain_least_squares(weight):

@@ -21,11 +21,12 @@ from tnlib.quantize import fake_quantize_, quantize_
 from tnlib.recipe import Recipe, RecipeError, Rule
 from tnlib.shapes import ShapeError
 from tnlib.surgery import densify_, factorize_
+from tnlib.tensor_ring import TensorRing
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
 
 IDS = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(0))
-FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=10**6)]
+FULL = [LowRank(rank=10**6), BlockLowRank(rank=10**6), TensorRing(order=2, rank=10**6), MPO(order=2), TensorTrain(order=2), Kronecker(right=(2, 2), terms=10**6)]
 HALF = [
     LowRank(kept=0.5),
     BlockLowRank(kept=0.5),

@@ -7,6 +7,7 @@ from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.recipe import Recipe, Rule
+from tnlib.tensor_ring import TensorRing
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import MPO
 
@@ -38,6 +39,7 @@ HALF = [
     TensorTrain(order=2, kept=0.5),
     Kronecker(right=(2, 2), terms=2),
     BlockLowRank(kept=0.5),
+    TensorRing(order=2, kept=0.5),
 ]
 AUTO = {"bert": hf.AutoModelForMaskedLM, "t5": hf.AutoModelForSeq2SeqLM, "t5-gated": hf.AutoModelForSeq2SeqLM}
 

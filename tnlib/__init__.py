@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "shapes": ["ShapeError", "balanced_modes", "fold", "unfold", "weight_of"],
     "block_low_rank": ["BlockLowRank"],
+    "tensor_ring": ["TensorRing"],
     "low_rank": ["LowRank", "low_rank", "low_rank_errors"],
     "kronecker": ["Kronecker", "nearest_kronecker", "norm_preserving_scale", "prune_factors", "rearrange"],
     "permute": ["noise_like", "permutation_gain", "permute_kronecker"],

@@ -3,8 +3,8 @@
 All forms are one thing here, a train of cores (r, o, i, s): core k takes mode i of the input to mode o of the output, between
 its bonds r and s. A low-rank weight has two cores, (1, 1, in, rank) and (rank, out, 1, 1); so has a sum of k Kronecker products,
 (1, l0, l1, k) and (k, r0, r1, 1). A plan merges neighbors beforehand and then sweeps over what is left, from either end.
-With all of them merged it has the dense weight: "rebuild". Carried out by chain.py; chosen by choose.py. One form is no train,
-and prices its plans itself: block_low_rank.py.
+With all of them merged it has the dense weight: "rebuild". Carried out by chain.py; chosen by choose.py. Two forms are no
+trains, and price their plans themselves: block_low_rank.py and tensor_ring.py.
 """
 
 import itertools

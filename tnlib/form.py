@@ -1,8 +1,8 @@
 """What every format offers: a Form is shapes and ranks, never tensors.
 
-The formats are in low_rank.py, block_low_rank.py, kronecker.py, tensor_train.py and tt_matrix.py, one file each. A Form may be
-loose ("keep half", "right factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with the ranks that
-are really possible.
+The formats are in low_rank.py, block_low_rank.py, kronecker.py, tensor_train.py, tt_matrix.py and tensor_ring.py, one file each.
+A Form may be loose ("keep half", "right factor 2 x 2, rest inferred"); `resolve(shape)` makes it definite for one weight, with
+the ranks that are really possible.
 """
 
 import math
@@ -18,7 +18,7 @@ from tnlib.shapes import ShapeError
 
 @dataclass(frozen=True)
 class Form(Applied):
-    """Base of LowRank, BlockLowRank, Kronecker, TensorTrain and TTMatrix. Shapes are always (out, in) of the weight replaced.
+    """Base of LowRank, BlockLowRank, Kronecker, TensorTrain, TTMatrix and TensorRing. Shapes are always (out, in) of the weight replaced.
 
     A format defines: resolve, factor_shapes, decompose, `paired` (its factors as a train of cores, see contract.py),
     `arrangements` (its plans), and _summands (how many products are summed into one entry of the weight). The rest follows.

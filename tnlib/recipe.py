@@ -19,11 +19,12 @@ from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.quant import Quantize
 from tnlib.shapes import is_conv1d
+from tnlib.tensor_ring import TensorRing
 from tnlib.tensor_train import TensorTrain
 from tnlib.treatment import Heal, RecipeError
 from tnlib.tt_matrix import TTMatrix
 
-FORMS = {form.__name__: form for form in (LowRank, BlockLowRank, Kronecker, TensorTrain, TTMatrix)}
+FORMS = {form.__name__: form for form in (LowRank, BlockLowRank, Kronecker, TensorTrain, TTMatrix, TensorRing)}
 
 
 @dataclass(frozen=True, kw_only=True)

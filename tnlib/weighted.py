@@ -2,7 +2,7 @@
 
 The error on inputs x with second moment C is tr((W - W') C (W - W').T). Low rank has a closed form, and each band of low rank
 in bands has it given the others (weighted_low_rank.py); Kronecker sums (weighted_kronecker.py) and trains (weighted_train.py) are
-linear in each factor and are fitted a factor at a time; what is left goes downhill through `to_dense`. No step needs the inputs
+linear in each factor and are fitted a factor at a time; what is left, rings too, goes downhill through `to_dense`. No step needs the inputs
 themselves.
 """
 
@@ -13,6 +13,7 @@ import torch
 from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
+from tnlib.tensor_ring import TensorRing, downhill
 from tnlib.tensor_train import TensorTrain
 from tnlib.tt_matrix import TTMatrix
 from tnlib.weighted_kronecker import alternate, unknowns
@@ -28,7 +29,8 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
     """Move `factors` so that the weight they stand for is nearer to `weight` in `metric`.
 
     form: resolved; factors: by name, the start; weight: (out, in)
-    steps: most alternations of a Kronecker sum or of bands, or gradient steps; a train is swept steps / 20 times at most
+    steps: most alternations of a Kronecker sum or of bands, or gradient steps, for a ring those of L-BFGS; a train is swept
+        steps / 20 times at most
     learning_rate: of the gradient method; a step moves a factor by about learning_rate times its root mean square
     Returns: factors by name, in the dtype of `weight` or float64; how they were found: "closed form", "alternating", "sweeps",
         "gradient". A train's have equal root mean squares: sweeps leave them a hundred times apart, and one learning rate must
@@ -52,6 +54,8 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
         sweeps = math.ceil(steps / STEPS_A_SWEEP)
         cores, _ = sweep_train(form.paired(factors), weight, metric.relative_to(weight), sweeps)
         return _evened(form.unpaired(cores)), "sweeps"
+    if isinstance(form, TensorRing):
+        return downhill(form, factors, weight, metric.relative_to(weight).times, steps), "gradient"
     return _descend(form, factors, weight, metric.relative_to(weight), steps, learning_rate), "gradient"
 
 
