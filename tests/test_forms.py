@@ -140,6 +140,19 @@ def test_at_equal_numbers_a_ring_of_three_is_nearer_to_noise_than_all_others():
     assert ring < 0.9 * min(errors)
 
 
+def test_training_a_ring_holds_no_more_than_its_weight():
+    form = TensorRing(order=3, rank=8).resolve((64, 64))
+    ring = {name: core.requires_grad_() for name, core in form.random((64, 64)).items()}
+    x, held = torch.randn(5, 64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        y = form.forward(x, ring, (64, 64))
+    assert max(t.numel() for t in held) <= 64 * 64  # not the (16 * 16, 64) of two merged cores
+    gradients = torch.autograd.grad(y.square().sum(), ring.values())
+    plain = torch.autograd.grad((x @ form.to_dense(ring, (64, 64)).T).square().sum(), ring.values())
+    for one, other in zip(gradients, plain):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_going_downhill_does_not_go_up_and_leaves_cores_of_one_size(weight):
     form = TensorRing(order=3, rank=3).resolve(SHAPE)
     start = form.random(SHAPE, dtype=torch.float64)

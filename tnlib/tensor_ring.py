@@ -11,9 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from tnlib.chain import Chain
 from tnlib.contract import Copy, Plan, Product, merge, merge_steps
 from tnlib.form import Form, check_kept, measured_error, positive, refuse_init
+from tnlib.links import Link
 from tnlib.shapes import ShapeError, balanced_modes, check_weight
 from tnlib.tensor_train import names, possible_ranks
 from tnlib.tt_matrix import TTMatrix
@@ -130,6 +133,20 @@ class TensorRing(Form):
     def arrangements(self, shape):
         """None but to rebuild the weight: a ring has no end to start a sweep from."""
         return ()
+
+    def chain(self, factors, shape, plan):
+        """The Chain that carries out a plan. In training only the weight is held for the backward pass: what it is built from is
+        rank^2 / (out_d * in_d) times as large, and is built again."""
+
+        def weight(*cores):
+            return self.to_dense(dict(zip(factors, cores)), shape)
+
+        cores = tuple(factors.values())
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(core.requires_grad for core in cores)):
+            built = weight(*cores)
+        else:
+            built = checkpoint(weight, *cores, use_reentrant=False, preserve_rng_state=False)
+        return Chain([Link(built, 1)], (shape[1], shape[0]))
 
     def priced(self, shape, tokens):
         """The one Plan of a resolved form, 'rebuild'."""
