@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -269,6 +270,10 @@ def test_a_state_that_was_gathered_is_the_one_that_is_written(kind, tmp_path):
             parameter.zero_()
     model.save_pretrained(tmp_path / "gathered", state_dict=gathered)
     assert_same(wanted, read(tmp_path / "gathered", "llama"))
+    lost = next(name for name in gathered if "up_proj" in name)
+    with pytest.raises(ValueError, match=f"lacks {re.escape(lost)}; needed all"):
+        model.save_pretrained(tmp_path / "lost", state_dict={name: tensor for name, tensor in gathered.items() if name != lost})
+    assert not list((tmp_path / "lost").iterdir())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -159,6 +159,8 @@ def test_going_downhill_does_not_go_up_and_leaves_cores_of_one_size(weight):
     found = downhill(form, start, weight, lambda difference: difference, 20)
     before, after = ((weight - form.to_dense(ring, SHAPE)).norm() for ring in (start, found))
     assert after < 0.95 * before
+    sizes = [float(core.square().mean().sqrt()) for core in found.values()]
+    assert max(sizes) == pytest.approx(min(sizes))
 
 
 def test_kept_is_a_budget_that_is_filled():

@@ -108,7 +108,8 @@ class TNQuantizer(HfQuantizer):
 
         A state_dict given to save_pretrained is what is written. Under FSDP the Trainer gathers one and then comes here in
         the first process alone, where gathering again would wait for ever.
-        Raises: ValueError for a model that from_pretrained could not build again, before anything is written
+        Raises: ValueError for a model that from_pretrained could not build again, and for a state_dict that lacks some of its
+            tensors, before anything is written
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter's
@@ -117,8 +118,8 @@ class TNQuantizer(HfQuantizer):
             own_config(model).quantization_config = self.quantization_config
         describe(model, self.quantization_config)
         check_loadable(model)
-        given = sys._getframe(1).f_locals.get("state_dict")  # save_pretrained's, which transformers does not pass on
-        tensors = weights(model) if given is None else {n: given[n].contiguous() for n in own_tensors(model) if n in given}
+        given = _given_state(sys._getframe(1))
+        tensors = weights(model) if given is None else {name: given[name].contiguous() for name in _needed(model, given)}
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
         return tensors | {f"{name}.{GUARD}": torch.zeros(1, dtype=dtype) for name in layers}, {}
 
@@ -167,3 +168,19 @@ class TNQuantizer(HfQuantizer):
         """Dense layers again, Conv1D where it was; model.dequantize() calls this. dtype: to cast to; None: as it is."""
         densify_(model)
         return model if dtype is None else model.to(dtype)
+
+
+def _given_state(caller):
+    """The state_dict that save_pretrained was called with, out of its frame: transformers does not pass it on."""
+    return caller.f_locals.get("state_dict") if caller.f_code.co_name == "save_pretrained" else None
+
+
+def _needed(model, given):
+    """Names of the tensors that a checkpoint of the model must have; refuses a state without them."""
+    names = list(own_tensors(model))
+    if lost := [name for name in names if name not in given]:
+        raise ValueError(
+            f"save_pretrained: state_dict has {len(given)} tensors and lacks {', '.join(lost[:3])}; needed all {len(names)} of the "
+            "model. Give model.state_dict(), gathered from all processes, or none."
+        )
+    return names

@@ -18,7 +18,9 @@ from tnlib.shapes import ShapeError
 
 @dataclass(frozen=True)
 class Form(Applied):
-    """Base of LowRank, BlockLowRank, Kronecker, TensorTrain, TTMatrix and TensorRing. Shapes are always (out, in) of the weight replaced.
+    """Base of LowRank, BlockLowRank, Kronecker, TensorTrain, TTMatrix and TensorRing.
+
+    Shapes are always (out, in) of the weight replaced.
 
     A format defines: resolve, factor_shapes, decompose, `paired` (its factors as a train of cores, see contract.py),
     `arrangements` (its plans), and _summands (how many products are summed into one entry of the weight). The rest follows.
@@ -142,6 +144,18 @@ def refuse_init(where, init, known):
         raise ShapeError(
             f"{where}: got init={init!r}; this format knows {', '.join(known)} (and 'random' and 'scratch' in a recipe)."
         )
+
+
+def evened(factors):
+    """The same product with equal root mean squares in all factors (a scale keeps its own): one learning rate suits them all.
+
+    factors: by name. Exact: the product is the same; with a factor of zeros nothing changes.
+    """
+    sizes = {n: float(f.square().mean().sqrt()) for n, f in factors.items() if n != "scale"}
+    if min(sizes.values()) == 0:
+        return factors
+    even = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
+    return {name: factor * (even / sizes[name]) if name in sizes else factor for name, factor in factors.items()}
 
 
 def relative(discarded, total):

@@ -120,6 +120,20 @@ def names(factors):
     return [factors[f"core{k}"] for k in range(len(factors))]
 
 
+def take_modes(form, *others):
+    """Settle the modes that a form was given: a list, as JSON and YAML have them, becomes a tuple; `others` are fields as well.
+
+    Raises: ShapeError where neither order nor the modes of both sides are given.
+    """
+    for name in ("out_modes", "in_modes", *others):
+        if getattr(form, name) is not None:
+            object.__setattr__(form, name, tuple(getattr(form, name)))
+    if form.order is None and (form.out_modes is None or form.in_modes is None):
+        raise ShapeError(
+            f"{type(form).__name__}: got out_modes={form.out_modes}, in_modes={form.in_modes}; needed both, or order=3, say."
+        )
+
+
 @dataclass(frozen=True)
 class _Train(Form):
     """What TensorTrain and TTMatrix share: modes of both sides, ranks given, capped, or found from a budget.
@@ -149,17 +163,11 @@ class _Train(Form):
             max_rank=self.max_rank,
         )
         check_kept(where, self.kept)
-        for name in ("out_modes", "in_modes", "ranks"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))  # a list from JSON or YAML is welcome
         if sum(given is not None for given in (self.ranks, self.max_rank, self.kept)) > 1:
             raise ShapeError(
                 f"{where}: got more than one of ranks={self.ranks}, max_rank={self.max_rank}, kept={self.kept}. Give one."
             )
-        if self.order is None and (self.out_modes is None or self.in_modes is None):
-            raise ShapeError(
-                f"{where}: got out_modes={self.out_modes}, in_modes={self.in_modes}; needed both, or order=3, say."
-            )
+        take_modes(self, "ranks")
 
     def resolve(self, shape):
         """The same form with modes and the ranks that are really possible for a weight of `shape` (out, in)."""

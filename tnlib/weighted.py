@@ -2,8 +2,8 @@
 
 The error on inputs x with second moment C is tr((W - W') C (W - W').T). Low rank has a closed form, and each band of low rank
 in bands has it given the others (weighted_low_rank.py); Kronecker sums (weighted_kronecker.py) and trains (weighted_train.py) are
-linear in each factor and are fitted a factor at a time; what is left, rings too, goes downhill through `to_dense`. No step needs the inputs
-themselves.
+linear in each factor and are fitted a factor at a time; what is left, rings too, goes downhill through `to_dense`. No step needs
+the inputs themselves.
 """
 
 import math
@@ -11,6 +11,7 @@ import math
 import torch
 
 from tnlib.block_low_rank import BlockLowRank
+from tnlib.form import evened
 from tnlib.kronecker import Kronecker
 from tnlib.low_rank import LowRank
 from tnlib.tensor_ring import TensorRing, downhill
@@ -33,7 +34,7 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
         steps / 20 times at most
     learning_rate: of the gradient method; a step moves a factor by about learning_rate times its root mean square
     Returns: factors by name, in the dtype of `weight` or float64; how they were found: "closed form", "alternating", "sweeps",
-        "gradient". A train's have equal root mean squares: sweeps leave them a hundred times apart, and one learning rate must
+        "gradient". Those of trains and rings have equal root mean squares: sweeps leave them a hundred times apart, and one learning rate must
         suit all when they are trained on
     Exact: with second = identity (and no more) a least-squares start of low rank, in bands or not, or Kronecker is a fixed point.
     Source: low rank as in SVD-LLM (2403.07378); Kronecker as in ProcrustesGPT (2506.02818); trains and bands: own.
@@ -53,7 +54,7 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
             factors, _ = form.decompose((best["left"] @ best["right"]).to(weight.dtype))
         sweeps = math.ceil(steps / STEPS_A_SWEEP)
         cores, _ = sweep_train(form.paired(factors), weight, metric.relative_to(weight), sweeps)
-        return _evened(form.unpaired(cores)), "sweeps"
+        return evened(form.unpaired(cores)), "sweeps"
     if isinstance(form, TensorRing):
         return downhill(form, factors, weight, metric.relative_to(weight).times, steps), "gradient"
     return _descend(form, factors, weight, metric.relative_to(weight), steps, learning_rate), "gradient"
@@ -61,7 +62,7 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
 
 def _descend(form, factors, weight, metric, steps, learning_rate):
     """Adam through to_dense, with steps in units of each factor's size; returns the best point that it passed."""
-    factors = _evened({name: factor.detach().to(weight.dtype) for name, factor in factors.items()})
+    factors = evened({name: factor.detach().to(weight.dtype) for name, factor in factors.items()})
     points = [factor.clone(memory_format=torch.contiguous_format).requires_grad_() for factor in factors.values()]
     sizes = [float(p.detach().square().mean().sqrt()) for p in points]
     optimizer = torch.optim.Adam([{"params": [p]} for p in points], betas=(0.9, 0.99), eps=1e-20)
@@ -85,12 +86,3 @@ def _descend(form, factors, weight, metric, steps, learning_rate):
             group["lr"] = rate * size
         optimizer.step()
     return best
-
-
-def _evened(factors):
-    """The same product with equal root mean squares in all factors (a scale keeps its own)."""
-    sizes = {n: float(f.square().mean().sqrt()) for n, f in factors.items() if n != "scale"}
-    if min(sizes.values()) == 0:
-        return factors
-    even = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
-    return {name: factor * (even / sizes[name]) if name in sizes else factor for name, factor in factors.items()}
