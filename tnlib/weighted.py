@@ -34,8 +34,8 @@ def fit_weighted(form, factors, weight, metric, steps=40, learning_rate=0.1):
         steps / 20 times at most
     learning_rate: of the gradient method; a step moves a factor by about learning_rate times its root mean square
     Returns: factors by name, in the dtype of `weight` or float64; how they were found: "closed form", "alternating", "sweeps",
-        "gradient". Those of trains and rings have equal root mean squares: sweeps leave them a hundred times apart, and one learning rate must
-        suit all when they are trained on
+        "gradient". Those of trains and rings have equal root mean squares: sweeps leave them a hundred times apart, and one
+        learning rate must suit all when they are trained on
     Exact: with second = identity (and no more) a least-squares start of low rank, in bands or not, or Kronecker is a fixed point.
     Source: low rank as in SVD-LLM (2403.07378); Kronecker as in ProcrustesGPT (2506.02818); trains and bands: own.
     """
