@@ -311,6 +311,29 @@ def test_quick_plans_are_timed_in_more_rounds_than_slow_ones(monkeypatch, tick, 
     assert len(ran) == 2 + (rounds - 1) * (20 if tick < 1e-3 else 1)  # once unclocked, once to find how many make a round
 
 
+def test_who_is_far_behind_after_two_rounds_is_timed_no_more(monkeypatch):
+    now, ran = [0.0], []
+
+    def step(name, seconds):
+        def run():
+            now[0] += seconds
+            ran.append(name)
+
+        return run
+
+    monkeypatch.setattr(choose.time, "perf_counter", lambda: now[0])
+    found = choose.time_in_turns([step("quick", 1.0), step("slow", 1.5), step("near", 1.3)], "cpu", behind=1.4)
+    assert found == pytest.approx([1.0, 1.5, 1.3])
+    assert [ran.count(name) for name in ("quick", "slow", "near")] == [1 + choose.ROUNDS, 3, 1 + choose.ROUNDS]
+
+
+def test_what_won_is_asked_again_of_other_code(monkeypatch):
+    monkeypatch.setattr(machine, "_source", lambda: "older")
+    before = machine._place("cpu")
+    monkeypatch.undo()
+    assert machine._place("cpu") != before
+
+
 def test_what_another_process_remembered_first_counts(memory):
     machine.remember("cpu", "key", "mine")
     (path,) = memory.glob("*.json")

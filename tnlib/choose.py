@@ -15,12 +15,13 @@ from tnlib.contract import plans_of
 from tnlib.lookup import row_plans_of
 from tnlib.machine import TYPICAL, machine, recall, remember
 
-SURVIVORS = 4  # plans that are timed, at most
+SURVIVORS = 8  # plans that are timed, at most: predictions are often off by a third
 CLOSE = 2.5  # times the best prediction within which a plan survives
+BEHIND = 1.4  # times the fastest time after two rounds from which on a plan is not timed any more
 WORTH_TIMING = 2e-5  # seconds a call must be predicted to take before plans are timed
 TRACED_TOKENS = 512  # what a compiled graph, whose token count is symbolic, is planned for
 ROUNDS = 4  # at least; and more, up to MOST, until ENOUGH seconds have passed: a busy moment must not decide for good
-MOST, ENOUGH = 20, 0.05
+MOST, ENOUGH = 20, 0.1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _decide(case, attempt):
         return left[0]
     known = recall(case.device, case.key)
     if known is None:
-        times = time_in_turns([attempt(plan) for plan in left], case.device)
+        times = time_in_turns([attempt(plan) for plan in left], case.device, BEHIND)
         fastest = left[times.index(min(times))]
         known = remember(case.device, case.key, fastest.name)
     return next((plan for _, plan in priced if plan.name == known), left[0])
@@ -90,15 +91,19 @@ def _must_not_time(device):
     return captured or torch.are_deterministic_algorithms_enabled()
 
 
-def time_in_turns(functions, device):
-    """Seconds of the fastest of a few runs of each function, taken in turns: a slow moment falls on all of them."""
+def time_in_turns(functions, device, behind=math.inf):
+    """Seconds of the fastest of a few runs of each function, taken in turns: a slow moment falls on all of them.
+
+    behind: functions that take more than so many times the fastest one's time sit out all rounds after the second
+    """
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     for function in functions:
         function()
-    times, inner, number, began = [math.inf] * len(functions), [1] * len(functions), 0, time.perf_counter()
+    times, inner, turns = [math.inf] * len(functions), [1] * len(functions), list(range(len(functions)))
+    number, began = 0, time.perf_counter()
     while number < ROUNDS or (number < MOST and time.perf_counter() - began < ENOUGH):
-        for turn in range(len(functions)):
-            at = (turn + number) % len(functions)  # each round begins with the next one: none always finds its weights warm
+        for turn in range(len(turns)):
+            at = turns[(turn + number) % len(turns)]  # each round begins with the next one: none always finds its weights warm
             wait()
             start = time.perf_counter()
             for _ in range(inner[at]):
@@ -109,6 +114,8 @@ def time_in_turns(functions, device):
             if number == 0:
                 inner[at] = max(1, min(20, int(1e-3 / max(took, 1e-7))))
         number += 1
+        if number > 1:
+            turns = [at for at in turns if times[at] <= behind * min(times)]
     return times
 
 

@@ -44,20 +44,17 @@ class Apart(NamedTuple):
 
 def apply_link(link, state, out=None, plain=False):
     """One step. The state before and after is a contiguous tensor of any shape, its numbers in the order of the tokens."""
-    if isinstance(link, Terms):
-        return _add_up(link, state, out)
-    if isinstance(link, Apart):
-        return _each(link, state, out, plain)
-    if isinstance(link, Turn):
-        turned = state.view(-1, link.rows, link.columns).mT
-        return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
+    if type(link) is not Link:
+        return _apply_other(link, state, out, plain)
     matrix, width, turned_in, turned_out = link
     m, k = matrix.shape
-    if in_rows(link):
+    if width == 1 or (turned_in and turned_out):  # in_rows
         rows = state.view(-1, k)
         if k == 1 and m <= FEW and rows.shape[0] > MANY and not plain:
             return _spread(rows[:, 0], matrix[:, 0], out)
         return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
+    if out is None and not (turned_in or turned_out) and _one_block(state, k * width):
+        return torch.mm(matrix, state.view(k, width))
     count = state.numel() // (k * width)
     if _in_one_product(link, count, state, plain):
         return _side_by_side(link, state, out)
@@ -67,6 +64,20 @@ def apply_link(link, state, out=None, plain=False):
     else:
         shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
     return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
+
+
+def _one_block(state, numbers):
+    """Whether the state is a single block, which is multiplied as it lies; a compiled graph does not ask."""
+    return not torch.compiler.is_compiling() and state.numel() == numbers
+
+
+def _apply_other(link, state, out, plain):
+    if isinstance(link, Terms):
+        return _add_up(link, state, out)
+    if isinstance(link, Apart):
+        return _each(link, state, out, plain)
+    turned = state.view(-1, link.rows, link.columns).mT
+    return turned.contiguous() if out is None else out.view(turned.shape).copy_(turned)
 
 
 def side_by_side(m, k, width, count):

@@ -146,11 +146,18 @@ def remember(device, key, value):
 
 
 def _place(device):
-    """The file of this machine with so many threads, and what it is about."""
+    """The file of this machine with so many threads and these plans, and what it is about."""
     device = str(device)
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
-    about = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    about = f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads, plans {_source()}"
     return cache_dir() / "machines" / f"{hashlib.sha256(about.encode()).hexdigest()[:12]}.json", about
+
+
+@functools.lru_cache(maxsize=1)
+def _source():
+    """Hash of the code that is timed: what won before a change of it need not win after."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("chain", "contract", "links", "lookup")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 
 @functools.lru_cache(maxsize=1)
