@@ -104,6 +104,22 @@ def test_blocks_side_by_side_or_one_by_one_give_the_same(turned_in, turned_out, 
     assert torch.allclose(found, (grad @ blocks.mT).sum(0))
 
 
+@pytest.mark.parametrize("columns", [1, 2, links.THIN, links.THIN + 1])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_single_block_of_few_columns_gives_the_product_and_torchs_gradients(columns, turned, grad):
+    m, k = 160, 256  # above LARGE
+    matrix = torch.randn(k, m, dtype=torch.float64).t() if turned else torch.randn(m, k, dtype=torch.float64)
+    matrix, block = matrix.requires_grad_(grad), torch.randn(k, columns, dtype=torch.float64, requires_grad=grad)
+    y = links.apply_link(links.Link(matrix, columns), block, plain=grad)
+    assert y.is_contiguous()
+    assert torch.allclose(y.view(m, columns), matrix @ block)
+    if grad:
+        found = torch.autograd.grad(y.square().sum(), [matrix, block])
+        wanted = torch.autograd.grad((matrix @ block).square().sum(), [matrix, block])
+        assert all(torch.allclose(a, b) for a, b in zip(found, wanted))
+
+
 def test_blocks_side_by_side_are_priced_as_one_product_and_the_copies_around_it():
     move = Move(0, (0, 1, 2, 3), 8)
     assert move.steps((96, 80), 80 * 8 * 9) == ([Product(96, 80, 72), Copy(80 * 72, 8), Copy(96 * 72, 8)], 96 * 72)

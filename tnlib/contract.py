@@ -225,16 +225,26 @@ def chain_of(form, factors, shape, plan):
         taken, sizes, spare = found
         seen = [(move, name and _seen(factors[name], *how)) for move, name, *how in taken]
         return Chain([move if matrix is None else move.link(matrix) for move, matrix in seen], sizes, spare)
-    cores, links = form.paired(factors), []
-    course, sizes, spare = _course(tuple([tuple(core.shape) for core in cores]), *ways)
-    merged = [merge(cores[first:end]) for first, end in plan.groups]
-    for move, shape, ordered in course:
+    stored, links = None if torch.compiler.is_compiling() else _stored(form, shape), []
+    cores = [factors[name] for name, _ in stored] if stored else form.paired(factors)
+    each = tuple([size for _, size in stored] if stored else [tuple(core.shape) for core in cores])
+    course, sizes, spare = _course(each, *ways)
+    merged = [_merged(cores[first:end], each[first:end]) for first, end in plan.groups]
+    for move, shape, laid in course:
         if isinstance(move, Turn):
             links.append(move)
         else:
-            core = merged[move.core]
-            links.append(move.link((core if ordered else core.permute(move.axes)).reshape(shape)))
+            links.append(move.link(_laid(*merged[move.core], move.axes, shape, laid)))
     return Chain(links, sizes, spare)
+
+
+def _laid(core, size, axes, shape, laid):
+    """A core of this size (r, o, i, s), held in any shape, as the matrix of a move."""
+    if laid == "as it is":
+        return core.reshape(shape)
+    if laid == "transposed":
+        return core.reshape(shape[::-1]).t()
+    return core.reshape(size).permute(axes).reshape(shape)
 
 
 def _seen(factor, shape, turned):
@@ -268,23 +278,37 @@ def _straight(form, shape, *ways):
 
 
 @lru_cache(maxsize=4096)
+def _stored(form, shape):
+    """(name, size) of the factor that each core is, its numbers in the same order; None if some core is none."""
+    factors, found = form._meta(shape), []
+    for core in form.paired(factors):
+        name = next((name for name, factor in factors.items() if is_view(core, [factor])), None)
+        if name is None or not core.is_contiguous():
+            return None
+        found.append((name, tuple(core.shape)))
+    return found
+
+
+@lru_cache(maxsize=4096)
 def _course(shapes, groups, *ways):
     """What a plan does to cores of these shapes, whatever their numbers.
 
-    Returns: a list of (move, shape of its matrix, whether that needs no permutation); the numbers of a token's state before,
-        between and after; the Chain's `spare`
+    Returns: a list of (move, shape of its matrix, how the core is laid for that: "as it is", "transposed" or "permuted"); the
+        numbers of a token's state before, between and after; the Chain's `spare`
     """
     merged = [merged_shape(shapes[first:end]) for first, end in groups]
     _, out, width, _ = merged_shape(merged)
     course, sizes = [], [width]
     for move in moves(merged, *ways):
-        shape, ordered, given = None, True, sizes[-1]
+        shape, laid, given = None, None, sizes[-1]
         if not isinstance(move, Turn):
             size = merged[move.core]
             axes = [axis for axis in move.axes if size[axis] > 1]
-            shape, ordered = move.shape(size), axes == sorted(axes)
+            shape = move.shape(size)
+            laid = "transposed" if len(axes) == len(shape) == 2 and min(shape) > 1 else "permuted"
+            laid = "as it is" if axes == sorted(axes) else laid
             given = move.steps(shape, given)[1]
-        course.append((move, shape, ordered))
+        course.append((move, shape, laid))
         sizes.append(given)
     built = [math.prod(shape) for shape, (first, end) in zip(merged, groups) if end - first > 1]
     numbers = sum(built) + sum(math.prod(shape) for shape in shapes)
@@ -296,17 +320,22 @@ def merge(cores):
 
     Exact: merging all cores of a weight gives (…, 1, out, in, 1).
     """
+    batch = cores[0].shape[:-4]
+    core, size = _merged(cores, tuple([tuple(core.shape[-4:]) for core in cores]), batch)
+    return core.reshape(*batch, *size)
+
+
+def _merged(cores, sizes, batch=()):
+    """`merge` of cores held in any shape whose numbers are those of `sizes` in order: such a tensor, and its (r, o, i, s)."""
     if len(cores) == 1:
-        return cores[0]
-    at = _last_bond(tuple([tuple(core.shape[-4:]) for core in cores]))
-    left, right = merge(cores[:at]), merge(cores[at:])
-    r, o, i, _ = left.shape[-4:]
-    _, p, j, s = right.shape[-4:]
-    product = left.flatten(-4, -2) @ right.flatten(-3)  # (…, r*o*i, p*j*s)
-    *batch, _, _, _, _ = left.shape
+        return cores[0], sizes[0]
+    at = _last_bond(sizes)
+    left, (r, o, i, bond) = _merged(cores[:at], sizes[:at], batch)
+    right, (_, p, j, s) = _merged(cores[at:], sizes[at:], batch)
+    product = left.reshape(*batch, r * o * i, bond) @ right.reshape(*batch, bond, p * j * s)
     if i > 1 and p > 1:
-        product = product.reshape(*batch, r, o, i, p, j * s).transpose(-3, -2)
-    return product.reshape(*batch, r, o * p, i * j, s)
+        product = product.reshape(*batch, r * o, i, p, j * s).transpose(-3, -2).reshape(*batch, r * o * p, i * j * s)
+    return product, (r, o * p, i * j, s)
 
 
 @lru_cache(maxsize=16384)

@@ -7,6 +7,8 @@ import torch
 FEW = 4  # entries of a matrix for which a product is slower than one operation an entry
 MANY = 1 << 14  # rows from which on it is
 NARROW = 16  # columns of a block below which a batch of products is several times slower than one product
+THIN = 8  # columns up to which MKL wants them, or the rows of the result, each in one piece: 3 to 9 times quicker, by timing
+LARGE = 1 << 15  # numbers of a matrix from which on that pays
 
 
 class Link(NamedTuple):
@@ -54,7 +56,7 @@ def apply_link(link, state, out=None, plain=False):
             return _spread(rows[:, 0], matrix[:, 0], out)
         return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
     if out is None and not (turned_in or turned_out) and _one_block(state, k * width):
-        return torch.mm(matrix, state.view(k, width))
+        return _product(matrix, state.view(k, width))
     count = state.numel() // (k * width)
     if _in_one_product(link, count, state, plain):
         return _side_by_side(link, state, out)
@@ -64,6 +66,15 @@ def apply_link(link, state, out=None, plain=False):
     else:
         shape, pair = (count, m, width), (matrix.expand(count, m, k), blocks)
     return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
+
+
+def _product(matrix, blocks):
+    """matrix (m, k) @ blocks (k, columns): contiguous."""
+    if not 1 < blocks.shape[1] <= THIN or matrix.numel() < LARGE or not matrix.is_cpu:
+        return torch.mm(matrix, blocks)
+    if matrix.stride(1) == 1:
+        return torch.mm(matrix, blocks.t().contiguous().t())
+    return torch.mm(blocks.t(), matrix.t()).t().contiguous()
 
 
 def _one_block(state, numbers):
@@ -104,7 +115,7 @@ def _side_by_side(link, state, out):
     blocks = _beside(state, k, width, turned_in)  # (k, count*width)
     if turned_out:
         return torch.mm(blocks.t(), matrix.t()) if out is None else torch.mm(blocks.t(), matrix.t(), out=out.view(-1, m))
-    y = torch.mm(matrix, blocks).view(m, -1, width).transpose(0, 1)  # (count, m, width)
+    y = _product(matrix, blocks).view(m, -1, width).transpose(0, 1)  # (count, m, width)
     return y.contiguous() if out is None else out.view(y.shape).copy_(y)
 
 
