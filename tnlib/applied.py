@@ -141,6 +141,7 @@ class Applied:
         quick = (bucket(flat.shape[0]), flat.dtype, flat.device, grad, room)
         found = None if kept is None else kept.plans.get(quick)
         if found is None:
+            room = room if grad else room or 0  # so that without gradients training and evaluation give the same bits
             case = Case(self, shape, bucket(flat.shape[0]), str(flat.device), flat.dtype, grad, room)
             found = choose(case, lambda plan: self.attempt(plan, flat, factors, shape, bias, grad, case.keeps(plan)))
             if kept is not None:
