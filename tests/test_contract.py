@@ -319,6 +319,17 @@ def test_survivors_are_timed_once_and_the_winner_is_remembered(memory, monkeypat
     assert len(ran) == choose.SURVIVORS
 
 
+def test_training_and_evaluation_take_one_plan_without_gradients_and_another_with_them(memory, monkeypatch):
+    monkeypatch.setattr(choose, "WORTH_TIMING", math.inf)
+    layer = FactorizedLinear(MPO(order=3, max_rank=4), (48, 36)).requires_grad_(False)
+    x = torch.randn(5, 36, requires_grad=True)
+    layer.eval()(x)
+    assert not layer.kept.ready  # what suits a backward pass is not for calls without
+    with torch.no_grad():
+        assert torch.equal(layer(x), layer.train()(x))
+    assert [case.grad for case, _ in choose._chosen] == [True, False]
+
+
 @pytest.mark.parametrize(("tick", "rounds"), [(1e-6, choose.MOST), (1.0, choose.ROUNDS)])
 def test_quick_plans_are_timed_in_more_rounds_than_slow_ones(monkeypatch, tick, rounds):
     clock, ran = itertools.count(0.0, tick), []

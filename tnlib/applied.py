@@ -33,7 +33,8 @@ class Applied:
         else:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
-            if room is not None and chosen.held <= room and plan is None and factors is sources:
+            ready = room is not None and chosen.held <= room and plan is None and factors is sources
+            if ready and not torch.is_grad_enabled():  # `again` serves no others, whose plan may be another one
                 most, direct = bucket(flat.shape[0]), len(chain.links) > 1 and not self.reordered
                 direct = direct and not self._ends_elsewhere(shape) and chain.one_group(most, flat)
                 kept.ready[most, flat.dtype] = chain, direct
