@@ -3,9 +3,10 @@
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from tnlib.assemble import chain_of
 from tnlib.chain import Chain, run
 from tnlib.choose import TRACED_TOKENS, Case, bucket, choose, traced_plan
-from tnlib.contract import Arrangement, chain_of, plans_of
+from tnlib.contract import Arrangement, plans_of
 from tnlib.links import Link
 from tnlib.lookup import look_up, row_plans_of, tables
 from tnlib.shapes import ShapeError
