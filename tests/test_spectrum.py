@@ -7,7 +7,7 @@ from tnlib import spectrum
 from tnlib.spectrum import truncate
 
 
-@pytest.mark.parametrize("shape", [(7, 20), (20, 7), (9, 9), (1, 5), (5, 1)])
+@pytest.mark.parametrize("shape", [(7, 20), (20, 7), (9, 9), (1, 5), (5, 1), (256, 300), (310, 259)])  # from 256: strips of a Gram
 @pytest.mark.parametrize("rank", [1, 3, None])
 def test_equals_full_svd(shape, rank):
     matrix = torch.randn(shape, dtype=torch.float64)
@@ -38,6 +38,14 @@ def test_tolerance_keeps_the_fewest_that_reach_it(tolerance):
     assert error <= tolerance
     fewer = truncate(matrix, cut.rank - 1)
     assert (fewer.discarded / fewer.total).sqrt() > tolerance
+
+
+def test_strips_of_a_gram_are_its_lower_triangle():
+    for shape in ((2, 256, 300), (2, 1500, 301)):
+        matrix = torch.randn(shape)
+        gram = matrix @ matrix.mT if shape[1] <= shape[2] else matrix.mT @ matrix
+        assert torch.allclose(spectrum._gram(matrix).tril(), gram.tril(), atol=1e-3)
+        assert torch.allclose(spectrum._gram(matrix, torch.float64).tril(), gram.double().tril(), atol=1e-3)
 
 
 def test_batch_equals_one_by_one():
