@@ -189,8 +189,9 @@ def test_a_quick_run_writes_its_files_and_goes_on(tmp_path, capsys):
     assert "| tnlib |" in page
     assert "tnlib against the best of each cell" in page
     assert "floor and calls" in page
+    assert "products alone" in page
     probes = [name for name, row in cell["rows"].items() if row.get("probe")]
-    assert len(probes) == 3
+    assert len(probes) == 4
     assert not any(report._is_peer(name) for name in probes)
     assert capsys.readouterr().out.count("measured") == 1
     layers.main(arguments)

@@ -24,6 +24,7 @@ from tnlib.factorized import materialize_
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear
 from tnlib.low_rank import LowRank
+from tnlib.one_token import steps_for_one
 from tnlib.shapes import ShapeError
 from tnlib.tensor_ring import TensorRing
 from tnlib.tt_matrix import MPO, TTMatrix
@@ -71,6 +72,14 @@ def test_outputs_and_gradients_of_every_plan_are_those_of_the_dense_weight(form,
             assert torch.allclose(a, b, atol=1e-8), plan.name
 
 
+def test_what_is_prepared_for_one_token_gives_what_the_chain_gives(form):
+    x, factors = torch.randn(1, IN, dtype=torch.float64), form.random(SHAPE, 0.2, dtype=torch.float64)
+    for plan in form.plans(SHAPE, 1):
+        found = form.chain(factors, SHAPE, plan)
+        bias = torch.randn(found.sizes[-1], dtype=torch.float64)  # rows of padding are in it
+        assert torch.equal(found.prepared(1)(x, bias), chain.run(x, found, bias)), plan.name
+
+
 @pytest.mark.parametrize("right", [(2, 1), (4, 1), (1, 3)])
 def test_tiny_factors_and_many_rows_take_another_way_to_the_same(right):
     layer = FactorizedLinear(Kronecker(right=right), SHAPE).double()
@@ -100,6 +109,8 @@ def test_blocks_side_by_side_or_one_by_one_give_the_same(turned_in, turned_out, 
     place = torch.empty(count, m * width, dtype=torch.float64)
     links.apply_link(link, state, place)
     assert torch.allclose(place.view(count, -1), (wanted.mT if turned_out else wanted).reshape(count, -1))
+    (step,) = steps_for_one([link], [state.numel()])  # as if all blocks were one token's
+    assert torch.equal(step(state).reshape(count, -1), links.apply_link(link, state).view(count, -1))
     found = links.matrix_grad(link, (grad.mT if turned_out else grad).contiguous(), state, None)
     assert torch.allclose(found, (grad @ blocks.mT).sum(0))
 

@@ -36,20 +36,24 @@ class Applied:
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
             ready = room is not None and chosen.held <= room and plan is None and factors is sources
             if ready and not torch.is_grad_enabled():  # `again` serves no others, whose plan may be another one
-                most, direct = bucket(flat.shape[0]), len(chain.links) > 1 and not self.reordered
-                direct = direct and not self._ends_elsewhere(shape) and chain.one_group(most, flat)
-                kept.ready[most, flat.dtype] = chain, direct
+                most = bucket(flat.shape[0])
+                kept.ready[most, flat.dtype] = chain, self._direct(chain, shape, most, flat)
             y = self._through(flat, factors, shape, chain, bias)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], shape[0])
 
     def again(self, x, factors, shape, bias, kept):
         """`forward` without gradients by a chain that `kept` has ready for as many tokens; None if it has none."""
         flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
-        chain, direct = kept.ready.get((bucket(flat.shape[0]), flat.dtype), (None, False))
+        chain, direct = kept.ready.get((bucket(flat.shape[0]), flat.dtype), (None, None))
         if chain is None or not kept.current(factors.values()):
             return None
-        y = chain.at_once(flat.contiguous(), bias) if direct else self._through(flat, factors, shape, chain, bias)
+        y = direct(flat.contiguous(), bias) if direct else self._through(flat, factors, shape, chain, bias)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
+
+    def _direct(self, chain, shape, tokens, like):
+        """What takes up to so many tokens, and the bias, straight through a chain; None if there is more to do."""
+        more = self.reordered or self._ends_elsewhere(shape) or not chain.one_group(tokens, like)
+        return None if more and len(chain.links) > 1 else chain.prepared(tokens)
 
     def _kept_chain(self, sources, factors, shape, plan, dtype, kept, room):
         """The chain of a plan, out of `kept` if that may hold it."""
@@ -156,6 +160,8 @@ class Applied:
         factors = {name: factor.detach() for name, factor in factors.items()}
         if not grad:
             chain = self.chain(factors, shape, plan) if built else None  # views of factors are always at hand
+            if chain is not None and (direct := self._direct(chain, shape, bucket(flat.shape[0]), flat)) is not None:
+                return lambda: direct(flat.contiguous(), bias)
             return lambda: self._through(flat, factors, shape, chain or self.chain(factors, shape, plan), bias)
         leaves = [flat, *(factor for factor in factors.values() if factor.is_floating_point())]
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from tnlib.links import Apart, Link, Turn, apply_link, few_grads, in_rows, matrix_grad, state_grad
+from tnlib.one_token import steps_for_one
 
 # Bytes of the largest intermediate result of a group of tokens, by timing 0.5 to 1000 MiB at 4,096 tokens. Where arithmetic is
 # cheap beside it, what the caches hold; else less than what the system hands out as fresh pages, and takes back, at every call.
@@ -57,6 +58,23 @@ class Chain:
             x = apply_link(link, x)
         x = x.view(-1, self.sizes[-1])
         return x if bias is None else x.add_(bias)
+
+    def prepared(self, tokens):
+        """`at_once` for calls with up to so many tokens, as a function of them and the bias: for one, all that can be done before is."""
+        if len(self.links) == 1:
+            matrix = self.matrices[0]
+            return lambda x, bias=None: F.linear(x, matrix, bias)
+        if tokens > 1:
+            return self.at_once
+        steps = steps_for_one(self.links, self.sizes)
+
+        def once(x, bias=None):
+            for step in steps:
+                x = step(x)
+            x = x.view(1, -1)
+            return x if bias is None else x.add_(bias)
+
+        return once
 
     def keeps(self, tokens):
         """Whether training keeps each of the intermediate results."""

@@ -16,7 +16,7 @@ class Kept:
     def clear(self):
         """Forget what was built."""
         self._built, self._sizes, self._sources, self._stamp = {}, {}, (), None
-        self.ready = {}  # by (tokens, dtype): the chain, and whether it may go straight through, for calls in evaluation
+        self.ready = {}  # by (tokens, dtype): the chain, and what goes straight through it or None, for calls in evaluation
 
     @property
     def numbers(self):

@@ -58,7 +58,7 @@ def apply_link(link, state, out=None, plain=False):
             return _spread(rows[:, 0], matrix[:, 0], out)
         return torch.mm(rows, matrix.t()) if out is None else torch.mm(rows, matrix.t(), out=out.view(-1, m))
     if out is None and not (turned_in or turned_out) and _one_block(state, k * width):
-        return _product(matrix, state.view(k, width))
+        return product(matrix, state.view(k, width))
     count = state.numel() // (k * width)
     if _in_one_product(link, count, state, plain):
         return _side_by_side(link, state, out)
@@ -70,13 +70,18 @@ def apply_link(link, state, out=None, plain=False):
     return torch.bmm(*pair) if out is None else torch.bmm(*pair, out=out.view(shape))
 
 
-def _product(matrix, blocks):
+def product(matrix, blocks):
     """matrix (m, k) @ blocks (k, columns): contiguous."""
-    if not 1 < blocks.shape[1] <= THIN or matrix.numel() < LARGE or not matrix.is_cpu:
+    if not is_thin(matrix, blocks.shape[1]):
         return torch.mm(matrix, blocks)
     if matrix.stride(1) == 1:
         return torch.mm(matrix, blocks.t().contiguous().t())
     return torch.mm(blocks.t(), matrix.t()).t().contiguous()
+
+
+def is_thin(matrix, columns):
+    """Whether a product with so many columns goes quicker when each lies in one piece."""
+    return 1 < columns <= THIN and matrix.numel() >= LARGE and matrix.is_cpu
 
 
 def _one_block(state, numbers):
@@ -117,7 +122,7 @@ def _side_by_side(link, state, out):
     blocks = _beside(state, k, width, turned_in)  # (k, count*width)
     if turned_out:
         return torch.mm(blocks.t(), matrix.t()) if out is None else torch.mm(blocks.t(), matrix.t(), out=out.view(-1, m))
-    y = _product(matrix, blocks).view(m, -1, width).transpose(0, 1)  # (count, m, width)
+    y = product(matrix, blocks).view(m, -1, width).transpose(0, 1)  # (count, m, width)
     return y.contiguous() if out is None else out.view(y.shape).copy_(y)
 
 

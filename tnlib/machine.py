@@ -156,7 +156,7 @@ def _place(device):
 @functools.lru_cache(maxsize=1)
 def _source():
     """Hash of the code that is timed: what won before a change of it need not win after."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in ("assemble", "chain", "contract", "links", "lookup")]
+    files = [Path(__file__).with_name(f"{name}.py") for name in ("assemble", "chain", "contract", "links", "lookup", "one_token")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
 
 

@@ -11,6 +11,7 @@ floor: the FLOPs of the best contraction at the rate of a GEMM of 768, or input,
 both of the same round, whichever is longer (thrice for forward + backward). A kept weight may lie below it.
 floor and calls: that, and about what it takes to call torch once a factor, by as many nn.Linear of 2 x 2 numbers one after the
 other. No bound: bare products cost a little less than modules, and a layer that keeps merged factors calls fewer times.
+products alone: those of one of tnlib's plans, whose products take least, operands at hand, see bare.py.
 """
 
 import math
@@ -23,6 +24,7 @@ import peers
 import reexpressed
 import report
 import torch
+from bare import bare
 from harness import Contestant, race
 from suite import Record, options, settle
 from torch import nn
@@ -114,6 +116,11 @@ class Cell:
         wanted, out_grad = [x, *tiny.parameters()], torch.ones(1, 2)
         return unchecked(lambda: torch.autograd.grad(tiny(x), wanted, out_grad))
 
+    def products(self):
+        """A call that runs products alone, and no check."""
+        likely = ours.likely(self.form, self.shape, self.tokens, self.training)
+        return unchecked(torch.no_grad()(bare(likely, self.training)))
+
     def called_floor(self, seconds):
         """`floor`, and the calls."""
         return self.floor(seconds) + seconds["calls"]
@@ -165,7 +172,8 @@ def contestants(cell, slow):
     found = [Contestant(name, build) for name, build in found.items() if name not in slow]
     a, b, source, target = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM), torch.randn(COPY), torch.empty(COPY)
     probes = {"GEMM": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    probes = {name: partial(unchecked, call) for name, call in probes.items()} | {"calls": cell.calls}
+    probes = {name: partial(unchecked, call) for name, call in probes.items()}
+    probes |= {"calls": cell.calls, "products": cell.products}
     return found + [Contestant(name, build, probe=True) for name, build in probes.items()]
 
 
@@ -190,7 +198,7 @@ def known_slow(record, layer, label, mode, tokens):
         if (cell := record.cells.get(name_of(layer, label, mode, count))) is not None:
             rows = {n: row for n, row in cell["rows"].items() if not n.startswith(("dense", "tnlib"))}
             slow = {n: row["ratio"] for n, row in rows.items() if row.get("ratio", 0) > SLOW and not row.get("probe")}
-            slow = {n: f"{ratio:.0f} times dense at {count} tokens" for n, ratio in slow.items() if not n.startswith("floor")}
+            slow = {n: f"{ratio:.0f} times dense at {count} tokens" for n, ratio in slow.items() if not n.startswith(("floor", "products"))}
             return slow | {n: row["reason"] for n, row in rows.items() if row["status"] == "slow"}
     return {}
 
@@ -215,7 +223,7 @@ def main(arguments=None):
         if record.wants(name):
             began, form = time.perf_counter(), forms(layer)[label]
             cell, slow = Cell(form, SHAPES[layer], tokens, mode), known_slow(record, layer, label, mode, tokens)
-            floors = {"floor": cell.floor, "floor and calls": cell.called_floor}
+            floors = {"floor": cell.floor, "floor and calls": cell.called_floor, "products alone": lambda s: s["products"]}
             pace = {"rounds": asked.rounds, "seconds": asked.seconds, "share": asked.share}
             rows = race(contestants(cell, slow), "dense", computed=floors, **pace)
             rows |= {n: {"status": "slow", "reason": reason} for n, reason in slow.items()}

@@ -29,10 +29,15 @@ def planned(form, shape, factors, plan):
     return layer
 
 
-def plans(form, shape, tokens, grad):
-    """Names of a resolved form's plans, but for those that are predicted to take LIKELY times the fastest one's time."""
+def likely(form, shape, tokens, grad):
+    """A resolved form's plans, but for those that are predicted to take LIKELY times the fastest one's time."""
     priced = Case(form, tuple(shape), bucket(tokens), "cpu", torch.float32, grad, 0).plans()
-    return [plan.name for seconds, plan in priced if seconds <= LIKELY * priced[0][0]]
+    return [plan for seconds, plan in priced if seconds <= LIKELY * priced[0][0]]
+
+
+def plans(form, shape, tokens, grad):
+    """Their names."""
+    return [plan.name for plan in likely(form, shape, tokens, grad)]
 
 
 def least_flops(form, shape, tokens):

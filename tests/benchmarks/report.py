@@ -10,7 +10,7 @@ from pathlib import Path
 from tnlib.records import write_atomic
 
 OURS = ("tnlib", "plan: ", "low rank")
-NO_PEERS = (*OURS, "dense", "floor", "GEMM", "copy", "calls")
+NO_PEERS = (*OURS, "dense", "floor", "GEMM", "copy", "calls", "products")
 VERSUS = """## tnlib against the best of each cell
 
 Geometric means over cells (and the worst cell) of tnlib's time, as it chooses by itself, over that of the fastest peer, of
@@ -21,8 +21,8 @@ REACH = """## By family and tokens: how far ahead, and how far anyone could be
 
 Geometric means over layer shapes and ranks of the fastest peer's time over tnlib's, as layers start and by the best of its
 settings (two of which keep something in evaluation); over the floor, which is the most that is to be had against these peers without
-keeping anything; and over the floor and a small nn.Linear for each factor, about what a layer at the floor would have. Last: cells in
-which a peer is ahead by more than 5 %.""".splitlines()
+keeping anything; over the floor and a small nn.Linear for each factor, about what a layer at the floor would have; and over the products
+of a plan alone, which is the most for whoever has torch multiply. Last: cells in which a peer is ahead by more than 5 %.""".splitlines()
 SAME_ERROR = 1e-3
 UNSHOWN = ("status", "reason", "low", "high", "calls", "probe", "rounds")
 
@@ -110,12 +110,12 @@ def _reach(cells):
         rows, facts = cell["rows"], cell["facts"]
         if (peer := _best(rows, _is_peer)) and "ratio" in rows["tnlib"]:
             any_setting = _best(rows, lambda name: name.startswith("tnlib"))
-            others = ("tnlib", any_setting, "floor", "floor and calls")
+            others = ("tnlib", any_setting, "floor", "floor and calls", "products alone")
             found = [rows[peer]["ratio"] / rows[name]["ratio"] for name in others]
             family = facts["form"].split(" ")[0]
             for kind in ((family, facts["mode"], facts["column"]), (family, "both", "all")):
                 groups.setdefault(kind, []).append(found)
-    head = ["", "mode", "tokens", "peer / tnlib", "best setting", "/ floor", "/ floor and calls", "behind"]
+    head = ["", "mode", "tokens", "peer / tnlib", "best setting", "/ floor", "/ floor and calls", "/ products alone", "behind"]
     table = []
     for kind, found in sorted(groups.items(), key=lambda item: item[0][2] == "all"):
         means = [f"{math.exp(statistics.fmean(map(math.log, column))):.2f}" for column in zip(*found)]
