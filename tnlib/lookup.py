@@ -62,6 +62,6 @@ def _priced(name, groups, cores, factors, tokens):
             build += [Copy(r * o * i * s)] * (end - first == 1)
         run.append(Copy(tokens * r * i * s))
         if done > 1:
-            run.append(Product(done, r, i * s, tokens))
+            run.append(Product(done, r, i * s, tokens, shared=False))
         done *= i
     return Plan(name, tuple(groups), True, False, False, tuple(build), tuple(run), held)

@@ -4,11 +4,12 @@
 
 Forward in evaluation without gradients; forward + backward in training, gradients of all factors (a dense table's gradient is
 as large as the table). All contestants hold the same factors, must give the same rows, and for each factor the same sum of
-factor times gradient.
+factor times gradient. products alone: those that the tokens need, of tnlib's way with the fewest, all tables at hand, see bare.py.
 """
 
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import ours
@@ -16,8 +17,9 @@ import peers
 import reexpressed
 import report
 import torch
+from bare import bare
 from harness import Contestant, race
-from layers import MODES, off
+from layers import MODES, off, unchecked
 from suite import Record, options, settle
 from torch import nn
 
@@ -69,7 +71,14 @@ def contestants(cell):
         found[f"plan: {plan}"] = partial(ours.ForcedRows, *own, plan)
     others = peers.EMBEDDING | reexpressed.EMBEDDING
     found |= {name: partial(make, cell.form, cell.factors, cell.shape) for name, make in others.items()}
-    return [Contestant(name, partial(cell.build, make)) for name, make in found.items()]
+    found = [Contestant(name, partial(cell.build, make)) for name, make in found.items()]
+    return [*found, Contestant("products", partial(products, cell), probe=True)]
+
+
+def products(cell):
+    """A call that runs products alone, nothing built, and no check."""
+    plans = [replace(plan, build=()) for plan in cell.form.row_plans(cell.shape, cell.tokens)]
+    return unchecked(torch.no_grad()(bare(plans, cell.training)))
 
 
 def main(arguments=None):
@@ -87,7 +96,8 @@ def main(arguments=None):
         if record.wants(name):
             began, form = time.perf_counter(), tn.TTMatrix(order=4, max_rank=rank).resolve(shape)
             pace = {"rounds": asked.rounds, "seconds": asked.seconds, "share": asked.share}
-            rows = race(contestants(Cell(form, shape, tokens, mode)), "dense", **pace)
+            alone = {"products alone": lambda seconds: seconds["products"]}
+            rows = race(contestants(Cell(form, shape, tokens, mode)), "dense", computed=alone, **pace)
             facts = {"table": f"rank {rank}, {mode}", "column": f"{tokens:,}", "form": f"rank {rank}", "mode": mode}
             record.put(name, facts | {"tokens": tokens, "kept": form.share(shape)}, rows, began)
     report.embedding(record)
