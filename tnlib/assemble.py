@@ -24,7 +24,7 @@ def chain_of(form, factors, shape, plan):
     stored, links = None if torch.compiler.is_compiling() else _stored(form, shape), []
     cores = [factors[name] for name, _ in stored] if stored else form.paired(factors)
     each = tuple([size for _, size in stored] if stored else [tuple(core.shape) for core in cores])
-    course, sizes, spare = _course(each, *ways)
+    course, sizes, spare = (_find_course if torch.compiler.is_compiling() else _course)(each, *ways)
     merged = [merge_sized(cores[first:end], each[first:end]) for first, end in plan.groups]
     for move, shape, laid in course:
         if isinstance(move, Turn):
@@ -85,8 +85,7 @@ def _stored(form, shape):
     return found
 
 
-@lru_cache(maxsize=4096)
-def _course(shapes, groups, *ways):
+def _find_course(shapes, groups, *ways):
     """What a plan does to cores of these shapes, whatever their numbers.
 
     Returns: a list of (move, shape of its matrix, how the core is laid for that: "as it is", "transposed" or "permuted"); the
@@ -109,3 +108,6 @@ def _course(shapes, groups, *ways):
     built = [math.prod(shape) for shape, (first, end) in zip(merged, groups) if end - first > 1]
     numbers = sum(built) + sum(math.prod(shape) for shape in shapes)
     return tuple(course), tuple(sizes), max(0, out * width - numbers)
+
+
+_course = lru_cache(maxsize=4096)(_find_course)  # a compiled graph warns of a cache

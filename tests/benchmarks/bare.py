@@ -11,26 +11,34 @@ import torch
 
 from tnlib.contract import Product
 
+MOST = 1 << 27  # numbers of one product above which a plan is not looked at: half a GB, and no such plan is quick
 TRIES = 3  # runs of which the fastest tells which way of a product, and which plan, is entered
 
 
 def bare(plans, training):
     """A call that runs the products of the plan whose products take least, and nothing else."""
-    timed = {}  # call and seconds of each product: plans share many
-    found = []
+    timed, found = {}, []  # seconds and way of each product: plans share many
     for plan in plans:
         wanted = [size for step in (*plan.build, *plan.run) if isinstance(step, Product) for size in _sizes(step, training)]
+        if max(map(_numbers, wanted), default=0) > MOST:
+            continue
         for size in wanted:
             if size not in timed:
-                timed[size] = min((_timed(call) for call in _ways(*size)), key=lambda pair: pair[0])
-        found.append((sum(timed[size][0] for size in wanted), [timed[size][1] for size in wanted]))
-    calls = min(found, key=lambda pair: pair[0])[1]
+                timed[size] = min((_seconds(call), way) for way, call in enumerate(_ways(*size)))
+        found.append((sum(timed[size][0] for size in wanted), wanted))
+    calls = [_ways(*size)[timed[size][1]] for size in min(found)[1]]
 
     def run():
         for call in calls:
             call()
 
     return run
+
+
+def _numbers(size):
+    """Of both operands and the result."""
+    batch, m, k, n = size
+    return batch * (m * k + k * n + m * n)
 
 
 def _sizes(step, training):
@@ -45,9 +53,9 @@ def _sizes(step, training):
 def _ways(batch, m, k, n):
     """Calls for (m, k) @ (k, n): each operand in rows or in columns, the result in rows."""
     if batch > 1:
-        a, b, y = torch.randn(batch, m, k), torch.randn(batch, k, n), torch.empty(batch, m, n)
+        a, b, y = torch.ones(batch, m, k), torch.ones(batch, k, n), torch.empty(batch, m, n)
         return [lambda: torch.bmm(a, b, out=y)]
-    a, b, y = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+    a, b, y = torch.ones(m, k), torch.ones(k, n), torch.empty(m, n)
     columns, z = b.t().contiguous(), torch.empty(n, m)
     return [
         lambda: torch.mm(a, b, out=y),
@@ -57,11 +65,11 @@ def _ways(batch, m, k, n):
     ]
 
 
-def _timed(call):
+def _seconds(call):
     call()
     best = float("inf")
     for _ in range(TRIES):
         began = time.perf_counter()
         call()
         best = min(best, time.perf_counter() - began)
-    return best, call
+    return best
