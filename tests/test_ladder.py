@@ -10,9 +10,9 @@ import tnlib
 ROOT = Path(tnlib.__file__).parent
 RUNGS = [
     ["shapes", "links", "kept", "triton_programs", "families", "records", "wheel", "cost", "losses", "treatment", "modes", "windows", "quant", "compare", "prose", "ties", "metric", "claims", "effects", "registration", "experts", "bars"],
-    ["spectrum", "chain", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "between", "generate", "speed", "hub", "harness", "readings_trains", "forest", "slots"],
-    ["contract", "readings"],
-    ["lookup", "machine", "evidence"],
+    ["spectrum", "one_token", "figures", "assets", "evaluate", "history", "resume", "examples", "assign", "depth", "moments", "gradients", "packing", "between", "generate", "speed", "hub", "harness", "readings_trains", "forest", "slots"],
+    ["contract", "chain", "readings"],
+    ["lookup", "machine", "assemble", "evidence"],
     ["choose"],
     ["applied"],
     ["form", "explain", "data", "teacher", "encode", "score", "checkpoint_files"],
