@@ -9,7 +9,7 @@ from conftest import SHAPE
 from tnlib.kronecker import Kronecker, nearest_kronecker, norm_preserving_scale, prune_factors, rearrange
 from tnlib.low_rank import low_rank, low_rank_errors
 from tnlib.shapes import ShapeError
-from tnlib.tensor_train import TensorTrain, possible_ranks, tt_svd
+from tnlib.tensor_train import TensorTrain, merge_left, possible_ranks, tt_svd
 from tnlib.tt_matrix import TTMatrix, ttm_svd
 
 
@@ -90,6 +90,19 @@ def test_train_error_is_the_sum_of_what_was_cut_and_within_the_bound(modes, max_
     assert error**2 <= sum(b**2 for b in best) + 1e-12  # Oseledets 2011, theorem 2.2
     assert ranks == possible_ranks("t", modes, max_rank)
     assert all(core.shape == (r, n, s) for core, r, n, s in zip(cores, ranks, modes, ranks[1:]))
+
+
+def test_cores_on_both_sides_of_the_one_split_last_are_orthonormal_where_a_cut_keeps_all():
+    tensor = torch.randn(3, 2, 5, 4, 6, 2, dtype=torch.float64)
+    cores = tt_svd(tensor, ranks=(1, 3, 6, 7, 12, 2, 1)).cores
+    turned = [
+        torch.allclose(flat @ flat.mT, torch.eye(len(flat), dtype=flat.dtype), atol=1e-10)
+        for flat in [*(core.flatten(0, 1).mT for core in cores[:3]), *(core.flatten(1) for core in cores[3:])]
+    ]
+    assert turned.count(False) == 1  # the core that carries the singular values
+    merged = merge_left(cores[:2])  # (6, 6): the basis of the first two modes
+    left = torch.linalg.svd(tensor.reshape(6, -1), full_matrices=False).U
+    assert torch.allclose((left.mT @ merged).abs(), torch.eye(6, dtype=left.dtype), atol=1e-6)  # in order, up to signs
 
 
 @pytest.mark.parametrize("tolerance", [0.6, 0.2, 1e-2])

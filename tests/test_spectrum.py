@@ -98,3 +98,20 @@ def test_zero_and_rank_deficient_matrices_stay_finite():
     left, right = truncate(thin, 5).balanced()
     assert torch.isfinite(left).all()
     assert torch.allclose(left @ right, thin, atol=1e-5)
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 40), (40, 6), (7, 7)])
+def test_whole_is_a_basis_in_which_truncate_gives_the_other_side(monkeypatch, shape, large):
+    monkeypatch.setattr(spectrum, "LARGE", 1 if large else 1 << 40)
+    matrix = torch.randn(shape)
+    found, turn = spectrum.whole(matrix)
+    one = truncate(matrix)
+    eye = torch.eye(turn.shape[-1])
+    assert torch.allclose(turn.mT @ turn, eye.expand_as(turn), atol=1e-6)
+    left, right = (found.left, turn.mT @ found.right) if found.orthonormal == "left" else (found.left @ turn, found.right)
+    assert torch.allclose(left @ right, matrix, atol=1e-5)
+    rows = right if found.orthonormal == "left" else left.mT
+    assert torch.allclose(rows.norm(dim=-1), one.values.float(), rtol=1e-3)  # the singular values, in order
+    assert found.orthonormal == one.orthonormal
+    assert not found.discarded.any()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tnlib.contract import Arrangement
 from tnlib.form import Form, check_kept, largest, positive, refuse_init, relative
 from tnlib.shapes import ShapeError, balanced_modes, check_weight
-from tnlib.spectrum import truncate
+from tnlib.spectrum import truncate, whole
 from tnlib.sweeps import als
 
 
@@ -43,21 +43,39 @@ def tt_svd(tensor, max_rank=None, tolerance=0.0, ranks=None, batch_dims=0):
     check_weight(tensor.reshape(1, -1), "tt_svd")
     caps = possible_ranks("tt_svd", modes, max_rank, ranks)
     share = tolerance / math.sqrt(max(1, len(modes) - 1))
-    cores, cut = [None] * len(modes), [None] * (len(modes) - 1)
+    cores, cut = [None] * len(modes), [None] * (len(modes) - 1)  # a cut: energy discarded, and in all
     rest = tensor if tensor.dtype == torch.float64 else tensor.float()
+    del tensor  # what is left is held once: a caller who lets go of the tensor saves its size
     first, last, row, column = 0, len(modes) - 1, 1, 1  # modes left to split off, ranks at both ends of the rest
+    before, after = None, None  # bases (row, row) and (column, column) into which the rest is still to be turned
     while first < last:
         top, end = row * modes[first], modes[last] * column
         if top <= end:
-            step = cut[first] = truncate(rest.reshape(*batch, top, -1), caps[first + 1], share)
-            cores[first] = step.left.reshape(*batch, row, modes[first], step.rank)
-            rest, row, first = step.right, step.rank, first + 1
+            step, turn = _split(rest.reshape(*batch, top, -1), caps[first + 1], share)
+            cores[first] = _turned(step.left.reshape(*batch, row, modes[first], step.rank), before, None)
+            cut[first] = step.discarded, step.total
+            rest, row, first, before = step.right, step.rank, first + 1, turn
         else:
-            step = cut[last - 1] = truncate(rest.reshape(*batch, -1, end), caps[last], share)
-            cores[last] = step.right.reshape(*batch, step.rank, modes[last], column)
-            rest, column, last = step.left, step.rank, last - 1
-    cores[first] = rest.reshape(*batch, row, modes[first], column)
+            step, turn = _split(rest.reshape(*batch, -1, end), caps[last], share)
+            cores[last] = _turned(step.right.reshape(*batch, step.rank, modes[last], column), None, after)
+            cut[last - 1] = step.discarded, step.total
+            rest, column, last, after = step.left, step.rank, last - 1, turn
+    cores[first] = _turned(rest.reshape(*batch, row, modes[first], column), before, after)
     return _finish(cores, cut)
+
+
+def _split(matrix, cap, tolerance):
+    """`truncate`; where nothing is cut, the rest as it is and the basis (short, short) into which a later, smaller core is turned."""
+    if cap < min(matrix.shape[-2:]) or tolerance:
+        return truncate(matrix, cap, tolerance), None
+    return whole(matrix)
+
+
+def _turned(core, before, after):
+    """A core (…, r, n, r') in the bases (…, r, r) and (…, r', r') of its bonds."""
+    if before is not None:
+        core = (before.mT @ core.flatten(-2)).reshape(core.shape)
+    return core if after is None else (core.flatten(-3, -2) @ after).reshape(core.shape)
 
 
 def best_train(where, tensor, ranks, init, batch_dims):
@@ -74,8 +92,8 @@ def _finish(cores, cut):
     ranks = (1, *(core.shape[-1] for core in cores))
     if not cut:
         return TensorTrainFit(cores, ranks, torch.zeros(cores[0].shape[:-3], dtype=torch.float64, device=cores[0].device), ())
-    total = torch.stack([step.total for step in cut]).amax(0)  # (…,)
-    shares = tuple(step.discarded / total.clamp_min(1e-300) for step in cut)
+    total = torch.stack([energy for _, energy in cut]).amax(0)  # (…,)
+    shares = tuple(discarded / total.clamp_min(1e-300) for discarded, _ in cut)
     return TensorTrainFit(cores, ranks, relative(sum(shares), torch.ones_like(total)), shares)
 
 

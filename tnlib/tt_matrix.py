@@ -31,8 +31,7 @@ def ttm_svd(weight, out_modes, in_modes, max_rank=None, tolerance=0.0, ranks=Non
             "needed equally many modes whose products are the two sizes. Use balanced_modes(size, order)."
         )
     batch = weight.dim() - 2
-    tensor = interleave(weight, out_modes, in_modes)  # (…, o_1*i_1, …, o_d*i_d)
-    fit = tt_svd(tensor, max_rank, tolerance, ranks, batch_dims=batch)
+    fit = tt_svd(interleave(weight, out_modes, in_modes), max_rank, tolerance, ranks, batch_dims=batch)
     return fit._replace(cores=_paired(fit.cores, out_modes, in_modes))
 
 
