@@ -8,6 +8,7 @@ from conftest import SHAPE
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tnlib import lookup
 from tnlib.block_low_rank import BlockLowRank
 from tnlib.kronecker import Kronecker
 from tnlib.layers import FactorizedEmbedding, FactorizedLinear, SplitLinear
@@ -172,6 +173,20 @@ def test_many_look_ups_merge_the_halves_and_agree():
     layer = FactorizedEmbedding(form, (512, 64), dtype=torch.float64)
     ids = torch.randint(512, (5000,))
     assert torch.allclose(layer(ids), layer.weight[ids], atol=1e-10)
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_look_ups_by_blocks_are_those_of_all_at_once(monkeypatch, count):
+    form = MPO(out_modes=(8, 4, 4, 4), in_modes=(4, 2, 2, 4), max_rank=6).resolve((512, 64))
+    layer, ids = FactorizedEmbedding(form, (512, 64)).eval(), torch.randint(512, (count,))
+    with torch.no_grad():
+        for _, groups in form.row_groups((512, 64)):
+            found = lookup.tables(form.paired(layer.factors), groups)
+            monkeypatch.setattr(lookup, "BLOCK", 1 << 40)
+            whole = lookup.look_up(ids, found)
+            monkeypatch.setattr(lookup, "BLOCK", 1 << 12)
+            assert torch.equal(lookup.look_up(ids, found), whole)
+        assert torch.allclose(layer(ids), layer.weight[ids], atol=1e-6)
 
 
 def test_split_equals_the_bands_on_their_own():

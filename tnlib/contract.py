@@ -231,7 +231,7 @@ def merge_sized(cores, sizes, batch=()):
     """`merge` of cores held in any shape whose numbers are those of `sizes` in order: such a tensor, and its (r, o, i, s)."""
     if len(cores) == 1:
         return cores[0], sizes[0]
-    at = _last_bond(sizes)
+    at = last_bond(sizes)
     left, (r, o, i, bond) = merge_sized(cores[:at], sizes[:at], batch)
     right, (_, p, j, s) = merge_sized(cores[at:], sizes[at:], batch)
     product = left.reshape(*batch, r * o * i, bond) @ right.reshape(*batch, bond, p * j * s)
@@ -254,11 +254,12 @@ def _best_split(sizes):
     return min((cost(at), at) for at in range(1, len(sizes)))
 
 
-def _last_bond(sizes):
+def last_bond(sizes):
+    """The bond of neighbors of these sizes (r, o, i, s) that `merge` closes last."""
     return _best_split(sizes)[1]
 
 
-_last_bond._dynamo_marked_constant = True  # see choose.traced_plan
+last_bond._dynamo_marked_constant = True  # see choose.traced_plan
 
 
 def merge_steps(sizes):
