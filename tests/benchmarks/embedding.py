@@ -4,7 +4,8 @@
 
 Forward in evaluation without gradients; forward + backward in training, gradients of all factors (a dense table's gradient is
 as large as the table). All contestants hold the same factors, must give the same rows, and for each factor the same sum of
-factor times gradient. products alone: those that the tokens need, of tnlib's way with the fewest, all tables at hand, see bare.py.
+factor times gradient. products alone: those that the tokens need, of tnlib's way with the fewest, all tables at hand, see bare.py;
+with gathers: and what they multiply is gathered from the tables first, the digits of the ids at hand as well.
 """
 
 import sys
@@ -17,6 +18,7 @@ import peers
 import reexpressed
 import report
 import torch
+import torch.nn.functional as F
 from bare import bare
 from harness import Contestant, race
 from layers import MODES, off, unchecked
@@ -24,8 +26,10 @@ from suite import Record, options, settle
 from torch import nn
 
 import tnlib as tn
+from tnlib.lookup import tables
 
 TABLE, QUICK = (49152, 576), (768, 96)
+LIKELY = 1 << 22  # numbers of the tables of a plan above which it is not looked at: none such is quick
 
 
 class Cell:
@@ -72,13 +76,39 @@ def contestants(cell):
     others = peers.EMBEDDING | reexpressed.EMBEDDING
     found |= {name: partial(make, cell.form, cell.factors, cell.shape) for name, make in others.items()}
     found = [Contestant(name, partial(cell.build, make)) for name, make in found.items()]
-    return [*found, Contestant("products", partial(products, cell), probe=True)]
+    probes = {"products": products} | ({} if cell.training else {"products and gathers": with_gathers})
+    return [*found, *(Contestant(name, partial(make, cell), probe=True) for name, make in probes.items())]
 
 
 def products(cell):
     """A call that runs products alone, nothing built, and no check."""
     plans = [replace(plan, build=()) for plan in cell.form.row_plans(cell.shape, cell.tokens)]
     return unchecked(torch.no_grad()(bare(plans, cell.training)))
+
+
+def with_gathers(cell):
+    """The same for the quickest plan, after the gathers that it needs."""
+    found = []
+    for plan in cell.form.row_plans(cell.shape, cell.tokens):
+        if plan.held <= LIKELY:
+            entries = [table.entries for table in tables(cell.form.paired(cell.factors), plan.groups)]
+            wanted = [(torch.randint(len(each), (cell.tokens,)), each) for each in entries]
+            call = partial(gather_and_run, wanted, bare([replace(plan, build=())], False))
+            found.append((min(timed(call) for _ in range(3)), len(found), call))
+    return unchecked(torch.no_grad()(min(found)[-1]))
+
+
+def gather_and_run(wanted, run):
+    for digits, entries in wanted:
+        F.embedding(digits, entries)
+    run()
+
+
+def timed(call):
+    call()
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def main(arguments=None):
@@ -97,6 +127,8 @@ def main(arguments=None):
             began, form = time.perf_counter(), tn.TTMatrix(order=4, max_rank=rank).resolve(shape)
             pace = {"rounds": asked.rounds, "seconds": asked.seconds, "share": asked.share}
             alone = {"products alone": lambda seconds: seconds["products"]}
+            if mode == MODES[0]:
+                alone["products and gathers alone"] = lambda seconds: seconds["products and gathers"]
             rows = race(contestants(Cell(form, shape, tokens, mode)), "dense", computed=alone, **pace)
             facts = {"table": f"rank {rank}, {mode}", "column": f"{tokens:,}", "form": f"rank {rank}", "mode": mode}
             record.put(name, facts | {"tokens": tokens, "kept": form.share(shape)}, rows, began)
