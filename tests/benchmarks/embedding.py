@@ -18,7 +18,6 @@ import peers
 import reexpressed
 import report
 import torch
-import torch.nn.functional as F
 from bare import bare
 from harness import Contestant, race
 from layers import MODES, off, unchecked
@@ -26,7 +25,7 @@ from suite import Record, options, settle
 from torch import nn
 
 import tnlib as tn
-from tnlib.lookup import tables
+from tnlib.lookup import BLOCK, tables
 
 TABLE, QUICK = (49152, 576), (768, 96)
 LIKELY = 1 << 22  # numbers of the tables of a plan above which it is not looked at: none such is quick
@@ -87,21 +86,26 @@ def products(cell):
 
 
 def with_gathers(cell):
-    """The same for the quickest plan, after the gathers that it needs."""
-    found = []
+    """The same for the quickest plan, and before it the gathers that it needs: a block of tokens at a time, as in lookup.py."""
+    found, cores = [], cell.form.paired(cell.factors)
     for plan in cell.form.row_plans(cell.shape, cell.tokens):
-        if plan.held <= LIKELY:
-            entries = [table.entries for table in tables(cell.form.paired(cell.factors), plan.groups)]
-            wanted = [(torch.randint(len(each), (cell.tokens,)), each) for each in entries]
-            call = partial(gather_and_run, wanted, bare([replace(plan, build=())], False))
-            found.append((min(timed(call) for _ in range(3)), len(found), call))
+        if plan.held > LIKELY:
+            continue
+        entries = [table.entries for table in tables(cores, plan.groups)]
+        blocks = -(-cell.tokens * 4 * sum(each.shape[1] for each in entries) // BLOCK)
+        tokens = -(-cell.tokens // blocks)
+        wanted = [(each, torch.randint(len(each), (tokens,)), each.new_empty(tokens, each.shape[1])) for each in entries]
+        same = next(other for other in cell.form.row_plans(cell.shape, tokens) if other.name == plan.name)
+        call = partial(gather_and_run, wanted, bare([replace(same, build=())], False), blocks)
+        found.append((min(timed(call) for _ in range(3)), len(found), call))
     return unchecked(torch.no_grad()(min(found)[-1]))
 
 
-def gather_and_run(wanted, run):
-    for digits, entries in wanted:
-        F.embedding(digits, entries)
-    run()
+def gather_and_run(wanted, run, times):
+    for _ in range(times):
+        for entries, digits, place in wanted:
+            torch.index_select(entries, 0, digits, out=place)
+        run()
 
 
 def timed(call):
