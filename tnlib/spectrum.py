@@ -146,21 +146,29 @@ def _krylov(matrix, rank):
     generator = torch.Generator(device=matrix.device).manual_seed(0)  # own generator: the caller's stream is not touched
     start = torch.randn(wide.shape[-1], BLOCK, generator=generator, dtype=wide.dtype, device=wide.device)
     total = torch.linalg.vector_norm(wide, dim=-1).double().square().sum(-1)
-    block, basis, images, gram, missed = torch.linalg.qr(wide @ start).Q, None, None, None, None
-    while basis is None or basis.shape[-1] + BLOCK <= wide.shape[-2] // 2:
-        image = wide.mT @ block  # (…, long, BLOCK)
-        basis = block if basis is None else torch.cat([basis, block], -1)  # (…, short, m)
-        images = image if images is None else torch.cat([images, image], -1)  # (…, long, m), wide.T @ basis
-        gram = _bordered(gram, images.mT @ image)
-        if basis.shape[-1] >= rank + BLOCK:
-            before, missed = missed, _missed(torch.linalg.eigvalsh(gram), rank, total)
-            if before is not None and bool((before - missed).max() < KRYLOV_GAIN):
+    batch, short, long = wide.shape[:-2], *wide.shape[-2:]
+    basis, images = wide.new_empty(*batch, short // 2, short), wide.new_empty(*batch, short // 2, long)  # pages come when written
+    block, gram, misses = _orthonormal(wide @ start), None, []
+    for m in range(BLOCK, short // 2 + 1, BLOCK):
+        done, seen = basis[..., :m, :], images[..., :m, :]  # (…, m, short), and done @ wide
+        done[..., -BLOCK:, :] = block
+        image = torch.matmul(block, wide)  # (…, BLOCK, long)
+        seen[..., -BLOCK:, :] = image
+        gram = _bordered(gram, seen @ image.mT)
+        if m >= rank + BLOCK:
+            misses.append(_missed(torch.linalg.eigvalsh(gram), rank, total))
+            if len(misses) > 1 and bool((misses[-2] - misses[-1]).max() < KRYLOV_GAIN):
                 turn, values, _ = _leading(gram.double(), rank)
-                return _assemble(matrix, basis @ turn.to(basis.dtype), values, total)
-        block = wide @ image
+                return _assemble(matrix, (turn.mT.to(wide.dtype) @ done).mT, values, total)
+        block = image @ wide.mT
         for _ in range(2):  # once leaves what float32 cannot resolve
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block)).Q
+            block = _orthonormal((block - (block @ done.mT) @ done).mT)
     return _exact(matrix, rank)  # half of all directions did not suffice
+
+
+def _orthonormal(columns):
+    """Rows (…, k, short) that span the columns (…, short, k)."""
+    return torch.linalg.qr(columns).Q.mT
 
 
 def _bordered(gram, columns):
