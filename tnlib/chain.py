@@ -20,7 +20,7 @@ from tnlib.one_token import steps_for_one
 GROUP = 2 << 20
 LARGE_GROUP = 32 << 20
 CHEAP = 256  # FLOPs for each number of the largest intermediate result
-TINY = 1 << 16  # numbers of an intermediate result up to which torch's own backward pass, in C++, is quicker, by timing
+TINY = 1 << 18  # numbers of an intermediate result up to which torch's own backward pass, in C++, is quicker, by timing
 GROUP_ELSEWHERE = 256 << 20  # on an accelerator, where many tokens at once are worth more
 
 
