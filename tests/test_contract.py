@@ -335,7 +335,7 @@ def test_training_and_evaluation_take_one_plan_without_gradients_and_another_wit
     layer = FactorizedLinear(MPO(order=3, max_rank=4), (48, 36)).requires_grad_(False)
     x = torch.randn(5, 36, requires_grad=True)
     layer.eval()(x)
-    assert not layer.kept.ready  # what suits a backward pass is not for calls without
+    assert not layer.kept.again  # what suits a backward pass is not for calls without
     with torch.no_grad():
         assert torch.equal(layer(x), layer.train()(x))
     assert [case.grad for case, _ in choose._chosen] == [True, False]
@@ -565,7 +565,7 @@ def test_a_call_that_repeats_an_earlier_one_follows_the_factors_the_policy_and_a
     with torch.no_grad():
         for _ in range(2):
             y = layer(x)
-        assert layer.kept.ready
+        assert layer.kept.again
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         layer.core0.mul_(2)

@@ -1,12 +1,14 @@
 """How a form computes: factors and tokens in, outputs out, by the plan that suits so many tokens."""
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from tnlib.assemble import chain_of
 from tnlib.chain import Chain, run
 from tnlib.choose import TRACED_TOKENS, Case, bucket, choose, traced_plan
 from tnlib.contract import Arrangement, plans_of
+from tnlib.kept import Again
 from tnlib.links import Link
 from tnlib.lookup import look_up, row_plans_of, tables
 from tnlib.shapes import ShapeError
@@ -34,21 +36,20 @@ class Applied:
         else:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
-            ready = room is not None and chosen.held <= room and plan is None and factors is sources
-            if ready and not torch.is_grad_enabled():  # `again` serves no others, whose plan may be another one
-                most = bucket(flat.shape[0])
-                kept.ready[most, flat.dtype] = chain, self._direct(chain, shape, most, flat)
+            if room is not None and chosen.held <= room and plan is None and factors is sources and not torch.is_grad_enabled():
+                kept.again = Again(x, sources, self._repeated(x, sources, shape, chain))
             y = self._through(flat, factors, shape, chain, bias)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], shape[0])
 
-    def again(self, x, factors, shape, bias, kept):
-        """`forward` without gradients by a chain that `kept` has ready for as many tokens; None if it has none."""
-        flat = x if x.dim() == 2 else x.reshape(-1, shape[1])
-        chain, direct = kept.ready.get((bucket(flat.shape[0]), flat.dtype), (None, None))
-        if chain is None or not kept.current(factors.values()):
-            return None
-        y = direct(flat.contiguous(), bias) if direct else self._through(flat, factors, shape, chain, bias)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], shape[0])
+    def _repeated(self, x, factors, shape, chain):
+        """(x, bias) -> y through a chain, for x of this shape (…, in), with nothing left to be found out."""
+        if len(chain.links) == 1:
+            matrix = chain.matrices[0]
+            return lambda x, bias: F.linear(x, matrix, bias)
+        given, ends = (x.numel() // shape[1], shape[1]), (*x.shape[:-1], shape[0])
+        if (direct := self._direct(chain, shape, given[0], x)) is not None:
+            return lambda x, bias: direct(x.reshape(given).contiguous(), bias).view(ends)
+        return lambda x, bias: self._through(x.reshape(given), factors, shape, chain, bias).reshape(ends)
 
     def _direct(self, chain, shape, tokens, like):
         """What takes up to so many tokens, and the bias, straight through a chain; None if there is more to do."""

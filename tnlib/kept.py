@@ -1,5 +1,7 @@
 """What a layer in evaluation keeps from one call to the next: matrices in the layout of a plan, or the whole weight."""
 
+from torch import is_autocast_enabled, is_grad_enabled
+
 POLICIES = ("auto", "never", "always")
 
 
@@ -16,7 +18,7 @@ class Kept:
     def clear(self):
         """Forget what was built."""
         self._built, self._sizes, self._sources, self._stamp = {}, {}, (), None
-        self.ready = {}  # by (tokens, dtype): the chain, and what goes straight through it or None, for calls in evaluation
+        self.again = None  # the last call's Again
 
     @property
     def numbers(self):
@@ -35,7 +37,7 @@ class Kept:
         found = self._built.get(name)
         if found is None:
             if self.numbers + numbers > room:
-                self._built, self._sizes, self.ready = {}, {}, {}
+                self._built, self._sizes, self.again = {}, {}, None
             found = self._built[name] = build()
             self._sizes[name] = numbers
         return found
@@ -49,6 +51,29 @@ class Kept:
 
     def __reduce__(self):
         return (Kept, ())
+
+
+class Again:
+    """A call without gradients, ready to be done again: for x of the same shape, as long as nothing it depends on has changed.
+
+    A small layer's time is what Python does, and beside a large one Python is slow: its objects have left the caches. So a call
+    that repeats the last one asks no more than this.
+    """
+
+    def __init__(self, x, sources, through):
+        """through: (x, bias) -> y; sources: all else that it depends on, by name"""
+        self.shape, self.dtype, self.device, self.through = x.shape, x.dtype, x.device.type, through
+        self.sources = [(name, tensor, tensor._version, tensor.data_ptr()) for name, tensor in sources.items()]
+
+    def fits(self, x, parameters, buffers):
+        """Whether `through` gives what a call with x would; parameters, buffers: the layer's own."""
+        if x.shape != self.shape or x.dtype is not self.dtype or is_grad_enabled() or is_autocast_enabled(self.device):
+            return False
+        for name, tensor, version, place in self.sources:
+            now = parameters.get(name) if name in parameters else buffers.get(name)
+            if now is not tensor or tensor._version != version or tensor.data_ptr() != place:
+                return False
+        return True
 
 
 def _stamp(sources):

@@ -56,18 +56,16 @@ class FactorizedLinear(Factorized):
         """Multiply-adds times two for `tokens` inputs by the plan with the fewest; bias not counted."""
         return self.form.flops(self.shape, tokens)
 
-    def _may_repeat(self, x):
-        """Whether this call can do what an earlier one in evaluation did, without another look."""
-        if self.training or not self.kept.ready or torch.is_grad_enabled():
-            return False
-        return self.plan is None and self.between is None and not torch.is_autocast_enabled(x.device.type)
-
     def explain(self, tokens=512):
         """Every plan for so many tokens with its predicted and measured time; see explain.py."""
         return explain(self, tokens)
 
     def forward(self, x):
         """x: (…, in). Returns: (…, out), by the plan of contraction that form.forward chooses for that many tokens."""
+        again = None if torch.compiler.is_compiling() else self.kept.again
+        settled = again is not None and not self.training and self.plan is None and self.between is None
+        if settled and again.fits(x, self._parameters, self._buffers):
+            return again.through(x, self._parameters["bias"])
         if x.shape[-1] != self.shape[1]:
             raise ShapeError(
                 f"FactorizedLinear: got input {tuple(x.shape)}; needed (…, {self.shape[1]}), weight {self.shape} (out, in)."
@@ -75,10 +73,6 @@ class FactorizedLinear(Factorized):
         operands = self.operands
         if x.numel() == 0 or not operands:
             return F.linear(x, self.weight, self.bias)
-        if not torch.compiler.is_compiling() and self._may_repeat(x):
-            y = self.form.again(x, operands, self.shape, self.bias, self.kept)
-            if y is not None:
-                return y
         room = None if torch.compiler.is_compiling() else self.room(operands)
         return self.form.forward(x, operands, self.shape, self.bias, self.between, self.plan, self.kept, room)
 
