@@ -461,10 +461,11 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_kept_follows_the_factors(layer, change):
     materialize_(layer, "always")
-    for plan in ("rebuild", "left to right, 0-1 merged", "left to right"):
+    for plan in ("rebuild", "left to right, 0-1 merged", "left to right", None):
         layer.plan = plan
         with torch.no_grad():
             layer(torch.randn(5, IN, dtype=layer.core0.dtype))
+            assert (layer.kept.again is None) == (plan is not None)
             CHANGES[change](layer)
             x = torch.randn(5, IN, dtype=layer.core0.dtype)
             assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
@@ -580,6 +581,35 @@ def test_a_call_that_repeats_an_earlier_one_follows_the_factors_the_policy_and_a
         layer(x)
     layer(x).sum().backward()
     assert layer.core0.grad is not None
+
+
+def test_a_call_that_repeats_an_earlier_one_follows_orders_plans_and_what_comes_between():
+    layer, x = FactorizedLinear(Kronecker(right=(2, 1), permute="both"), SHAPE).eval(), torch.randn(3, IN)
+
+    def right():
+        return torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+
+    with torch.no_grad():
+        y = layer(x)
+        assert layer.kept.again.fits(x, layer._parameters, layer._buffers)
+        assert torch.equal(layer(x), y)
+        for name, order in layer.orders.items():
+            order.copy_(order.flip(0))
+            assert not layer.kept.again.fits(x, layer._parameters, layer._buffers)
+            assert right(), name
+        layer.plan = "rebuild"
+        assert right()
+        layer.plan = None
+        assert right()
+        layer.between = Nothing()
+        assert torch.equal(layer(x), layer.bias.expand(3, -1))
+
+
+class Nothing(nn.Module):
+    """Between two cores: zeros."""
+
+    def forward(self, state, place):
+        return torch.zeros_like(state)
 
 
 def test_whole_models_take_a_policy():

@@ -36,17 +36,19 @@ class Applied:
         else:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
-            if room is not None and chosen.held <= room and plan is None and factors is sources and not torch.is_grad_enabled():
-                kept.again = Again(x, sources, self._repeated(x, sources, shape, chain))
+            if room is not None and plan is None and factors is sources and not torch.is_grad_enabled():
+                kept.again = Again(x, sources, self._repeated(x, sources, shape, chosen, chain if chosen.held <= room else None))
             y = self._through(flat, factors, shape, chain, bias)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], shape[0])
 
-    def _repeated(self, x, factors, shape, chain):
-        """(x, bias) -> y through a chain, for x of this shape (…, in), with nothing left to be found out."""
+    def _repeated(self, x, factors, shape, plan, chain):
+        """(x, bias) -> y by a plan, for x of this shape (…, in), with nothing left to be found out; chain: None if it is not kept."""
+        given, ends = (x.numel() // shape[1], shape[1]), (*x.shape[:-1], shape[0])
+        if chain is None:
+            return lambda x, bias: self._through(x.reshape(given), factors, shape, self.chain(factors, shape, plan), bias).reshape(ends)
         if len(chain.links) == 1:
             matrix = chain.matrices[0]
             return lambda x, bias: F.linear(x, matrix, bias)
-        given, ends = (x.numel() // shape[1], shape[1]), (*x.shape[:-1], shape[0])
         if (direct := self._direct(chain, shape, given[0], x)) is not None:
             return lambda x, bias: direct(x.reshape(given).contiguous(), bias).view(ends)
         return lambda x, bias: self._through(x.reshape(given), factors, shape, chain, bias).reshape(ends)
