@@ -13,10 +13,11 @@ import torch.utils.checkpoint
 from conftest import FORMS, SHAPE
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.flop_counter import FlopCounterMode
 
 import tnlib as tn
-from tnlib import chain, choose, links, machine
+from tnlib import chain, choose, kept, links, machine
 from tnlib.block_low_rank import BlockLowRank
 from tnlib.choose import Case
 from tnlib.contract import Copy, Move, Product, merge, partitions
@@ -465,7 +466,7 @@ def test_what_is_kept_follows_the_factors(layer, change):
         layer.plan = plan
         with torch.no_grad():
             layer(torch.randn(5, IN, dtype=layer.core0.dtype))
-            assert (layer.kept.again is None) == (plan is not None)
+            assert bool(layer.kept.again) == (plan is None)
             CHANGES[change](layer)
             x = torch.randn(5, IN, dtype=layer.core0.dtype)
             assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-4)
@@ -591,11 +592,12 @@ def test_a_call_that_repeats_an_earlier_one_follows_orders_plans_and_what_comes_
 
     with torch.no_grad():
         y = layer(x)
-        assert layer.kept.again.fits(x, layer._parameters, layer._buffers)
+        (again,) = layer.kept.again.values()
+        assert again.fits(x, layer._parameters, layer._buffers)
         assert torch.equal(layer(x), y)
         for name, order in layer.orders.items():
             order.copy_(order.flip(0))
-            assert not layer.kept.again.fits(x, layer._parameters, layer._buffers)
+            assert not layer.kept.again[x.shape].fits(x, layer._parameters, layer._buffers)
             assert right(), name
         layer.plan = "rebuild"
         assert right()
@@ -603,6 +605,34 @@ def test_a_call_that_repeats_an_earlier_one_follows_orders_plans_and_what_comes_
         assert right()
         layer.between = Nothing()
         assert torch.equal(layer(x), layer.bias.expand(3, -1))
+
+
+def test_calls_of_several_shapes_are_ready_and_of_no_more_than_some(layer):
+    xs = [torch.randn(tokens, IN) for tokens in range(1, kept.SHAPES + 3)]
+    with torch.no_grad():
+        for x in xs * 2:
+            assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+            assert x.shape in layer.kept.again
+            assert len(layer.kept.again) <= kept.SHAPES
+        layer.core0.mul_(2)
+        layer(xs[0])
+        assert list(layer.kept.again) == [xs[0].shape]  # the others held what was built before
+
+
+@pytest.mark.parametrize("name", ["bias", "core1"])
+def test_a_call_that_repeats_an_earlier_one_follows_what_is_computed_by_now(layer, name):
+    x = torch.randn(3, IN)
+    with torch.no_grad():
+        layer(x)
+        register_parametrization(layer, name, Twice())
+        assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+
+
+class Twice(nn.Module):
+    """A parametrization."""
+
+    def forward(self, tensor):
+        return 2 * tensor
 
 
 class Nothing(nn.Module):

@@ -8,7 +8,6 @@ from tnlib.assemble import chain_of
 from tnlib.chain import Chain, run
 from tnlib.choose import TRACED_TOKENS, Case, bucket, choose, traced_plan
 from tnlib.contract import Arrangement, plans_of
-from tnlib.kept import Again
 from tnlib.links import Link
 from tnlib.lookup import look_up, row_plans_of, tables
 from tnlib.shapes import ShapeError
@@ -37,21 +36,25 @@ class Applied:
             chosen = self._plan_named(shape, plan) if plan else self.choose(flat, factors, shape, bias, kept, room)
             chain = self._kept_chain(sources, factors, shape, chosen, flat.dtype, kept, room)
             if room is not None and plan is None and factors is sources and not torch.is_grad_enabled():
-                kept.again = Again(x, sources, self._repeated(x, sources, shape, chosen, chain if chosen.held <= room else None))
+                held = chain if chosen.held <= room else None
+                kept.repeat(x, sources, self._repeated(x, sources, shape, chosen, held))
             y = self._through(flat, factors, shape, chain, bias)
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], shape[0])
 
     def _repeated(self, x, factors, shape, plan, chain):
         """(x, bias) -> y by a plan, for x of this shape (…, in), with nothing left to be found out; chain: None if it is not kept."""
         given, ends = (x.numel() // shape[1], shape[1]), (*x.shape[:-1], shape[0])
-        if chain is None:
-            return lambda x, bias: self._through(x.reshape(given), factors, shape, self.chain(factors, shape, plan), bias).reshape(ends)
-        if len(chain.links) == 1:
+        if chain is not None and len(chain.links) == 1:
             matrix = chain.matrices[0]
             return lambda x, bias: F.linear(x, matrix, bias)
-        if (direct := self._direct(chain, shape, given[0], x)) is not None:
+        if chain is not None and (direct := self._direct(chain, shape, given[0], x)) is not None:
             return lambda x, bias: direct(x.reshape(given).contiguous(), bias).view(ends)
-        return lambda x, bias: self._through(x.reshape(given), factors, shape, chain, bias).reshape(ends)
+
+        def through(x, bias):
+            now = chain or self.chain(factors, shape, plan)
+            return self._through(x.reshape(given), factors, shape, now, bias).reshape(ends)
+
+        return through
 
     def _direct(self, chain, shape, tokens, like):
         """What takes up to so many tokens, and the bias, straight through a chain; None if there is more to do."""

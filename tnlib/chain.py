@@ -3,7 +3,7 @@
 Tokens go through the whole chain in groups whose largest intermediate result stays in the cache. Training keeps of the
 intermediate results those that are no larger than the input, and the others if all of them are fewer numbers than the
 factors save against the dense weight; else these are computed again. So what a call holds, factors included, is never more
-than a dense weight, beside x and results of no more than its size.
+than a dense weight, beside x and results of no more than its size, and of no more than TINY numbers each.
 """
 
 import itertools

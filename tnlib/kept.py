@@ -3,6 +3,7 @@
 from torch import is_autocast_enabled, is_grad_enabled
 
 POLICIES = ("auto", "never", "always")
+SHAPES = 8  # of x, for which calls are ready: a prompt's, and those of decoding
 
 
 class Kept:
@@ -18,7 +19,7 @@ class Kept:
     def clear(self):
         """Forget what was built."""
         self._built, self._sizes, self._sources, self._stamp = {}, {}, (), None
-        self.again = None  # the last call's Again
+        self.again = {}  # Again by shape of x
 
     @property
     def numbers(self):
@@ -37,10 +38,16 @@ class Kept:
         found = self._built.get(name)
         if found is None:
             if self.numbers + numbers > room:
-                self._built, self._sizes, self.again = {}, {}, None
+                self._built, self._sizes, self.again = {}, {}, {}
             found = self._built[name] = build()
             self._sizes[name] = numbers
         return found
+
+    def repeat(self, x, sources, through):
+        """Have an Again ready for calls of this shape."""
+        if len(self.again) >= SHAPES:
+            self.again = {}
+        self.again[x.shape] = Again(x, sources, through)
 
     def current(self, sources):
         """Whether what is kept was built from these tensors as they are now."""
@@ -57,17 +64,17 @@ class Again:
     """A call without gradients, ready to be done again: for x of the same shape, as long as nothing it depends on has changed.
 
     A small layer's time is what Python does, and beside a large one Python is slow: its objects have left the caches. So a call
-    that repeats the last one asks no more than this.
+    that repeats an earlier one asks no more than this.
     """
 
     def __init__(self, x, sources, through):
         """through: (x, bias) -> y; sources: all else that it depends on, by name"""
-        self.shape, self.dtype, self.device, self.through = x.shape, x.dtype, x.device.type, through
+        self.dtype, self.device, self.through = x.dtype, x.device.type, through
         self.sources = [(name, tensor, tensor._version, tensor.data_ptr()) for name, tensor in sources.items()]
 
     def fits(self, x, parameters, buffers):
-        """Whether `through` gives what a call with x would; parameters, buffers: the layer's own."""
-        if x.shape != self.shape or x.dtype is not self.dtype or is_grad_enabled() or is_autocast_enabled(self.device):
+        """Whether `through` gives what a call with x of the same shape would; parameters, buffers: the layer's own."""
+        if x.dtype is not self.dtype or is_grad_enabled() or is_autocast_enabled(self.device):
             return False
         for name, tensor, version, place in self.sources:
             now = parameters.get(name) if name in parameters else buffers.get(name)

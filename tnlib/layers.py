@@ -62,10 +62,11 @@ class FactorizedLinear(Factorized):
 
     def forward(self, x):
         """x: (…, in). Returns: (…, out), by the plan of contraction that form.forward chooses for that many tokens."""
-        again = None if torch.compiler.is_compiling() else self.kept.again
-        settled = again is not None and not self.training and self.plan is None and self.between is None
-        if settled and again.fits(x, self._parameters, self._buffers):
-            return again.through(x, self._parameters["bias"])
+        again = None if torch.compiler.is_compiling() else self.kept.again.get(x.shape)
+        stored = self._parameters  # of the layer itself; what is not there is computed
+        settled = again is not None and not self.training and self.plan is None and self.between is None and "bias" in stored
+        if settled and again.fits(x, stored, self._buffers):
+            return again.through(x, stored["bias"])
         if x.shape[-1] != self.shape[1]:
             raise ShapeError(
                 f"FactorizedLinear: got input {tuple(x.shape)}; needed (…, {self.shape[1]}), weight {self.shape} (out, in)."

@@ -152,7 +152,7 @@ def _krylov(matrix, rank):
     for m in range(BLOCK, short // 2 + 1, BLOCK):
         done, seen = basis[..., :m, :], images[..., :m, :]  # (…, m, short), and done @ wide
         done[..., -BLOCK:, :] = block
-        image = torch.matmul(block, wide)  # (…, BLOCK, long)
+        image = block @ wide  # (…, BLOCK, long)
         seen[..., -BLOCK:, :] = image
         gram = _bordered(gram, seen @ image.mT)
         if m >= rank + BLOCK:
